@@ -1,0 +1,166 @@
+"""Perplexity: what is scored, with which context, and that it is what training computes."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hyp
+from hypothesis import strategies as st
+
+from newllm.evaluation import perplexity as pp
+from newllm.evaluation.bands import BANDS, REFERENCE_BYTES_PER_TOKEN, ppl_band
+from newllm.settings import RunSettings, UserError
+
+
+@dataclass
+class Tokens:
+    """Documents of distinct token ids, each ending in EOS = 0, so that a scored id names its place."""
+
+    lengths: list[int]
+    ids: np.ndarray = field(init=False)
+    document_starts: np.ndarray = field(init=False)
+    num_bytes: int = field(init=False)
+
+    def __post_init__(self):
+        self.document_starts = np.concatenate(([0], np.cumsum(self.lengths)))
+        self.ids = np.arange(1, self.document_starts[-1] + 1, dtype=np.uint32)
+        self.ids[self.document_starts[1:] - 1] = 0
+        self.num_bytes = 3 * len(self.ids)
+
+
+class Pairs(torch.nn.Module):
+    """A fake model whose loss for the token at p + 1 is a function of the tokens at p and p + 1."""
+
+    device = torch.device("cpu")
+
+    def token_losses(self, input_ids):
+        return loss_of(input_ids[:, :-1], input_ids[:, 1:])
+
+
+def loss_of(before, token):
+    return ((before * 7 + token * 13) % 11).float() / 4 + 0.5
+
+
+def settings(**values) -> RunSettings:
+    defaults = {"seq_length": 8, "eval_batch_size": 3, "sliding_window": 8, "sliding_stride": 3, "precision": "float32"}
+    return RunSettings(**(defaults | values))
+
+
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+
+
+@given(lengths, st.integers(2, 20), st.data())
+def test_sliding_scores_every_token_once_with_its_context_and_never_across_documents(lengths, window, data):
+    tokens = Tokens(lengths)
+    stride = data.draw(st.integers(1, window - 1))
+    spans = pp.sliding_spans(tokens.document_starts, window, stride)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    scored = []
+    for start, first, stop in zip(spans.start, spans.first, spans.stop, strict=True):
+        assert stop - start <= window
+        begin = tokens.document_starts[document[first]]
+        assert stop <= tokens.document_starts[document[first] + 1]
+        assert start >= begin - 1  # the separator, never another document's text
+        assert first - start >= window - stride or start == begin - 1
+        scored += range(first, stop)
+    assert scored == list(range(len(tokens.ids)))
+
+
+@given(lengths, st.integers(2, 20))
+def test_contiguous_windows_score_every_token_once(lengths, seq_length):
+    tokens = Tokens(lengths)
+    spans = pp.contiguous_spans(len(tokens.ids), seq_length)
+    assert [i for a, b in zip(spans.first, spans.stop, strict=True) for i in range(a, b)] == list(
+        range(len(tokens.ids))
+    )
+    assert (spans.stop - spans.start <= seq_length).all()
+    assert (spans.first == spans.start + 1).all()
+
+
+@given(lengths, st.integers(1, 300))
+def test_a_limit_scores_no_token_twice_and_comes_close(lengths, max_tokens):
+    spans = pp.contiguous_spans(sum(lengths), 8)
+    limited = pp.limit(spans, max_tokens)
+    assert 0 < limited.num_scored <= max_tokens
+    assert limited.num_scored >= min(max_tokens, spans.num_scored) - 7
+    assert len(set(limited.first.tolist())) == len(limited)
+
+
+@hyp(max_examples=25, deadline=None)
+@given(lengths, st.integers(2, 12))
+def test_the_mean_is_token_weighted_and_every_plan_feeds_the_right_rows(lengths, seq_length):
+    tokens, model = Tokens(lengths), Pairs()
+    ids = torch.from_numpy(tokens.ids.astype(np.int64))
+    before = torch.cat([ids[-1:], ids[:-1]])
+    expected = loss_of(before, ids).double()
+    mean = pp.token_weighted_loss(model, tokens, settings(seq_length=seq_length))
+    assert mean == pytest.approx(expected.mean().item())
+    result = pp.evaluate(model, tokens, settings(seq_length=seq_length))
+    assert result["loss"] == mean
+    assert result["ppl"] == pytest.approx(math.exp(mean))
+    assert result["tokens"] == result["sliding"]["tokens"] == len(ids)
+    assert result["bits_per_byte"] == pytest.approx(expected.sum().item() / math.log(2) / tokens.num_bytes)
+    # this model looks back by one token only, so that all plans agree
+    assert result["sliding_ppl"] == pytest.approx(result["ppl"])
+    assert result["segment_ppl"] == pytest.approx(result["ppl"])
+
+
+@hyp(max_examples=25, deadline=None)
+@given(lengths, st.integers(2, 40))
+def test_position_ranges_add_up_to_the_whole(lengths, seq_length):
+    tokens = Tokens(lengths)
+    result = pp.evaluate(Pairs(), tokens, settings(seq_length=seq_length))
+    ranges = [entry for entry in result["ppl_by_position"] if entry["tokens"]]
+    assert sum(entry["tokens"] for entry in ranges) == result["tokens"]
+    nats = sum(math.log(entry["ppl"]) * entry["tokens"] for entry in ranges)
+    assert nats / result["tokens"] == pytest.approx(result["loss"])
+    parts, share = result["recall"], result["recall"]["repeated_share"]
+    nats = sum(w * math.log(parts[k]) for k, w in (("repeated", share), ("other", 1 - share)) if parts[k] is not None)
+    assert nats == pytest.approx(result["loss"])
+
+
+def test_position_ranges():
+    assert pp.position_ranges(128) == [(0, 16), (16, 32), (32, 64), (64, 96), (96, 128)]
+    assert pp.position_ranges(300)[-2:] == [(128, 256), (256, 300)]
+    assert pp.position_ranges(17) == [(0, 16)]
+
+
+@given(st.integers(1, 4), st.integers(2, 30), st.integers(0, 1000))
+def test_recall_split_equals_a_naive_loop(rows, length, seed):
+    input_ids = np.random.default_rng(seed).integers(0, 4, (rows, length))
+    expected = np.zeros((rows, length - 1), dtype=bool)
+    for b, row in enumerate(input_ids.tolist()):
+        seen = set()
+        for p in range(length - 1):
+            expected[b, p] = (row[p], row[p + 1]) in seen
+            seen.add((row[p], row[p + 1]))
+    assert (pp.completes_seen_bigram(input_ids) == expected).all()
+
+
+def test_a_text_without_repetition_has_no_perplexity_of_repeated_tokens():
+    recall = pp.evaluate(Pairs(), Tokens([20]), settings())["recall"]
+    assert recall["repeated"] is None
+    assert recall["repeated_share"] == 0
+
+
+def test_a_stride_without_context_is_the_users_error():
+    with pytest.raises(UserError, match="--sliding-stride 8 leaves no context"):
+        pp.evaluate(Pairs(), Tokens([20]), settings(sliding_stride=8))
+
+
+def test_training_mode_is_restored():
+    model = Pairs().train()
+    pp.token_weighted_loss(model, Tokens([20]), settings())
+    assert model.training
+
+
+def test_bands_hold_at_the_reference_and_scale_with_the_tokenizer():
+    names = [ppl_band(ppl, REFERENCE_BYTES_PER_TOKEN)["band"] for ppl in (3, 20, 60, 200, 700, 5000)]
+    assert names == [name for _, name, _ in BANDS]
+    assert ppl_band(60, REFERENCE_BYTES_PER_TOKEN)["scaled_bounds"] == pytest.approx([5, 30, 100, 500, 1000])
+    # with half the bytes per token, the same bits per byte are the square root of the perplexity
+    assert ppl_band(math.sqrt(60), REFERENCE_BYTES_PER_TOKEN / 2)["band"] == "normal"
+    assert ppl_band(math.nan, 3.0)["band"] == "not finite"
