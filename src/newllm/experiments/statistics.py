@@ -1,0 +1,92 @@
+"""Means with intervals over seeds, and differences to a baseline paired by seed. Pure Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean, stdev
+
+CONFIDENCE = 0.95
+
+
+def t_probability(t: float, degrees: int) -> float:
+    """P(|T| <= t) for Student's t with an integer number of degrees of freedom (Abramowitz & Stegun 26.7.3, 26.7.4)."""
+    theta = math.atan(t / math.sqrt(degrees))
+    cosine_squared = math.cos(theta) ** 2
+    if degrees == 1:
+        return 2 * theta / math.pi
+    odd = degrees % 2
+    term = math.cos(theta) if odd else 1.0
+    total = term
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= cosine_squared * (k - 1) / k
+        total += term
+    total *= math.sin(theta)
+    return 2 / math.pi * (theta + total) if odd else total
+
+
+@cache
+def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
+    """The t with P(|T| <= t) = confidence, found by bisection."""
+    low, high = 0.0, 1.0
+    while t_probability(high, degrees) < confidence:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, degrees) < confidence else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with the half width of its 95 % interval; None where fewer than two seeds give no interval."""
+
+    mean: float
+    half_width: float | None
+    count: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Model minus baseline, seed by seed: in the metric's own unit and in percent of the baseline."""
+
+    absolute: Estimate
+    percent: Estimate
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of it: 'lower', 'higher', 'same', 'no difference shown', or 'one seed: cannot tell'."""
+        if self.absolute.half_width is None:
+            return "one seed: cannot tell"
+        if self.absolute.mean == 0 and self.absolute.half_width == 0:
+            return "same"
+        if not self.absolute.excludes_zero:
+            return "no difference shown"
+        return "lower" if self.absolute.mean < 0 else "higher"
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Mean and 95 % t-interval; None without any value."""
+    values = list(values)
+    if not values:
+        return None
+    count = len(values)
+    half_width = t_quantile(count - 1) * stdev(values) / math.sqrt(count) if count > 1 else None
+    return Estimate(fmean(values), half_width, count)
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Compares {seed: value} over the seeds both have; None where they share none.
+
+    Pairing removes what a seed does to both models (the order of the data): the interval is of the difference itself.
+    """
+    seeds = [seed for seed in values if baseline.get(seed)]
+    absolute = estimate(values[seed] - baseline[seed] for seed in seeds)
+    percent = estimate(100 * (values[seed] - baseline[seed]) / baseline[seed] for seed in seeds)
+    return Difference(absolute, percent) if absolute and percent else None
