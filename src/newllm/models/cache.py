@@ -1,0 +1,263 @@
+"""What layers remember between calls: one class per kind of state, collected in a Hugging Face cache.
+
+State belongs to rows: its tensors have the batch as their first dimension, and it can be reordered, repeated, selected,
+reset row by row, measured from its live tensors, exported and restored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class LayerState(CacheLayerMixin):
+    """State of one layer. `seen` counts the tokens read, padding included."""
+
+    is_compileable = False
+    is_croppable = False  # a state that has moved on cannot be rolled back
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors that hold the state, each (B, …): views on the used part only."""
+        raise NotImplementedError
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        """Puts other tensors in the place of `tensors()`."""
+        raise NotImplementedError
+
+    def reset_rows(self, rows: Tensor) -> None:
+        """Rows where `rows` (B,) is True forget everything they have read."""
+        raise NotImplementedError
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Applies a change of the batch dimension to every tensor."""
+        self.replace({name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.change_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def detach_(self) -> None:
+        """Cuts the gradient to what was read so far (truncated back-propagation through time)."""
+        self.change_rows(lambda tensor: tensor.detach())
+
+    def export(self) -> dict[str, Tensor]:
+        """A copy of the state: its tensors and `seen`; `restore` on a fresh state of the same layer brings it back."""
+        copies = {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+        return copies | {"seen": torch.tensor(self.seen)}
+
+    def restore(self, exported: dict[str, Tensor]) -> None:
+        self.seen = int(exported["seen"])
+        self.replace({name: tensor.clone() for name, tensor in exported.items() if name != "seen"})
+
+    # What Hugging Face asks of a cache layer.
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Nothing to do: states take shape at their first update."""
+
+    def update(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(f"{type(self).__name__} cannot be rolled back by {abs(tokens_to_remove)} tokens")
+
+
+class KeyValueState(LayerState):
+    """Keys and values of the tokens still visible, in buffers that grow by a quarter: no concatenation per step.
+
+    Allocated bytes stay ≤ 1.25 × used once there are a few tokens. With a window W, the last W − 1 tokens are kept.
+    While gradients flow (chunked training), the buffers are concatenated instead: autograd forbids writing in place.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.start = 0  # the visible tokens stand at [start, stop) of the buffers
+        self.stop = 0
+        self.buffers: list[Tensor] = []  # [(B, Hk, C, d) keys, (B, Hk, C, dv) values]
+        self.hidden_before: Tensor | None = None  # (B,) tokens before this count belong to an earlier document
+
+    def update(  # type: ignore[override]
+        self, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Appends k (B, Hk, T, d) and v (B, Hk, T, dv).
+
+        Args:
+            mask: (B, S_all) bool over all tokens read so far, this chunk included; True for real tokens.
+
+        Returns:
+            keys (B, Hk, S, d) and values (B, Hk, S, dv) visible to this chunk (views of the buffers), and their
+            mask (B, S) or None.
+        """
+        T = k.shape[2]
+        if k.requires_grad or v.requires_grad or (self.buffers and self.buffers[0].requires_grad):
+            self._concatenate(k, v)
+        else:
+            self._make_room(k, v)
+            for buffer, new in zip(self.buffers, (k, v), strict=True):
+                buffer[:, :, self.stop : self.stop + T] = new
+            self.stop += T
+        self.seen += T
+        keys, values = (buffer[:, :, self.start : self.stop] for buffer in self.buffers)
+        visible = self._visible(mask, keys)
+        if self.window is not None:
+            self._forget(self.window - 1)
+        return keys, values, visible
+
+    def _forget(self, kept: int) -> None:
+        """Keeps the last `kept` tokens; frees the room of a long chunk that has passed through the window."""
+        self.start = max(self.start, self.stop - kept)
+        if self.buffers[0].shape[2] > max(kept, 1) * 5 // 4 + 1:
+            self.buffers = [buffer[:, :, self.start : self.stop].clone() for buffer in self.buffers]
+            self.start, self.stop = 0, self.stop - self.start
+
+    def _concatenate(self, k: Tensor, v: Tensor) -> None:
+        if self.buffers:
+            k, v = (
+                torch.cat([buffer[:, :, self.start : self.stop], new], dim=2)
+                for buffer, new in zip(self.buffers, (k, v), strict=True)
+            )
+        self.buffers, self.start, self.stop = [k, v], 0, k.shape[2]
+
+    def _make_room(self, k: Tensor, v: Tensor) -> None:
+        used, T = self.stop - self.start, k.shape[2]
+        if not self.buffers:
+            self.buffers = [new.new_empty(*new.shape[:2], T, new.shape[3]) for new in (k, v)]
+        elif self.stop + T > self.buffers[0].shape[2]:
+            kept = used + T if self.window is None else max(self.window - 1, T)
+            capacity = max(used + T, kept * 5 // 4)
+            for n, old in enumerate(self.buffers):
+                self.buffers[n] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                self.buffers[n][:, :, :used] = old[:, :, self.start : self.stop]
+            self.start, self.stop = 0, used
+
+    def _visible(self, mask: Tensor | None, keys: Tensor) -> Tensor | None:
+        """(B, S) over the visible keys: real tokens of the current document."""
+        S = keys.shape[2]
+        visible = None if mask is None else mask[:, mask.shape[1] - S :].bool()
+        if self.hidden_before is not None:
+            current = torch.arange(self.seen - S, self.seen, device=keys.device) >= self.hidden_before[:, None]
+            visible = current if visible is None else visible & current
+        return visible
+
+    def tensors(self) -> dict[str, Tensor]:
+        if not self.buffers:
+            return {}
+        keys, values = (buffer[:, :, self.start : self.stop] for buffer in self.buffers)
+        hidden = {} if self.hidden_before is None else {"hidden_before": self.hidden_before}
+        return {"keys": keys, "values": values} | hidden
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:
+            return
+        self.buffers = [tensors["keys"], tensors["values"]]
+        self.hidden_before = tensors.get("hidden_before")
+        self.start, self.stop = 0, tensors["keys"].shape[2]
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        # On whole buffers, so that beam search keeps their spare room.
+        self.buffers = [change(buffer) for buffer in self.buffers]
+        if self.hidden_before is not None:
+            self.hidden_before = change(self.hidden_before)
+
+    def reset(self) -> None:
+        self.buffers, self.start, self.stop, self.seen, self.hidden_before = [], 0, 0, 0, None
+
+    def reset_rows(self, rows: Tensor) -> None:
+        if self.hidden_before is None:
+            self.hidden_before = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        self.hidden_before = torch.where(rows, self.seen, self.hidden_before)
+
+
+class RecurrentState(LayerState):
+    """Tensors of fixed size per row, by name. An absent name means that nothing has been read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values_by_name: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> Tensor | None:
+        """The (B, …) tensor of that name, or None before the first write."""
+        return self.values_by_name.get(name)
+
+    def write(self, tokens: int, **tensors: Tensor) -> None:
+        """Stores the state after a chunk of `tokens` tokens; each tensor (B, …)."""
+        self.values_by_name |= tensors
+        self.seen += tokens
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.values_by_name)
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        self.values_by_name = dict(tensors)
+
+    def reset(self) -> None:
+        self.values_by_name, self.seen = {}, 0
+
+    def reset_rows(self, rows: Tensor) -> None:
+        self.change_rows(lambda x: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x))
+
+
+class LMCache(Cache):
+    """The states of all layers of one model."""
+
+    def __init__(self, layers: Iterable[LayerState]) -> None:
+        super().__init__(layers=list(layers))
+
+    def reset_rows(self, rows: Tensor) -> None:
+        """Rows where `rows` (B,) is True start a new document."""
+        for state in self.layers:
+            state.reset_rows(rows)
+
+    def detach_(self) -> None:
+        for state in self.layers:
+            state.detach_()
+
+    def export(self) -> dict[str, Tensor]:
+        """All states as named tensors, 'layer.name': what safetensors can save."""
+        return {f"{n}.{name}": t for n, state in enumerate(self.layers) for name, t in state.export().items()}
+
+    def restore(self, exported: dict[str, Tensor]) -> None:
+        for n, state in enumerate(self.layers):
+            prefix = f"{n}."
+            state.restore({name.removeprefix(prefix): t for name, t in exported.items() if name.startswith(prefix)})
+
+
+def adopt(cache: Cache, layers: list[LayerState]) -> Cache:
+    """Gives an empty cache, such as the DynamicCache that `generate` makes, the states this model needs.
+
+    Raises ValueError for a cache that another kind of model has already filled.
+    """
+    if all(isinstance(state, LayerState) for state in cache.layers) and cache.layers:
+        return cache
+    if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
+        raise ValueError("past_key_values was filled by another model: pass None or model.make_cache()")
+    cache.layers = layers
+    return cache
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements of the tensors."""
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)

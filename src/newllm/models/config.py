@@ -1,0 +1,56 @@
+"""The configuration of a model: a list of layer specs, as a Hugging Face config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from newllm.settings import nearest
+
+
+class LMConfig(PreTrainedConfig):
+    """Configuration of `TransformerLM`.
+
+    Args:
+        vocab_size: words V.
+        hidden_size: width D of the residual stream.
+        layer_specs: one dict a layer, its `type` and arguments: {'type': 'pythia', 'hidden_size': 512, …}. (Not
+            `layer_types`: transformers validates that name against its own layers.)
+        tie_word_embeddings: share the input embedding with the output head.
+        layer_norm_eps: epsilon of the final LayerNorm.
+        initializer_range: standard deviation of the initial weights.
+
+    Raises:
+        UserError: for an unknown option (transformers would take it silently).
+    """
+
+    model_type = "newllm"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a class attribute transformers defines this way)
+
+    vocab_size: int = 50304
+    hidden_size: int = 512
+    num_hidden_layers: int = 0
+    layer_specs: list[dict[str, Any]] | None = None
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.layer_specs = list(self.layer_specs or [])
+        self.num_hidden_layers = len(self.layer_specs)
+        own = [name for name in LMConfig.__annotations__ if not name.startswith("_")]
+        for name in kwargs:
+            # Hugging Face stores bookkeeping of its own in the same file.
+            if name not in (
+                "model_type",
+                "transformers_version",
+                "torch_dtype",
+                "attn_implementation",
+            ) and not name.startswith("_"):
+                raise nearest(name, own, "option of LMConfig")
+        super().__post_init__(**kwargs)

@@ -1,0 +1,185 @@
+"""From a name to a model: presets (YAML data), layer types, plugins, saved folders."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from newllm.models.config import LMConfig
+from newllm.models.layers.base import LAYER_TYPES, layer_type
+from newllm.models.transformer import TransformerLM
+from newllm.settings import UserError, nearest
+
+PRESETS_FOLDER = Path(__file__).parent / "presets"
+PLUGIN_PRESETS: dict[str, dict[str, Any]] = {}
+
+
+def register_preset(name: str, layers: list[dict[str, Any]], about: str = "") -> None:
+    """Makes a named mix of layer specs available to `create_model` and the command line (for plugins)."""
+    PLUGIN_PRESETS[name] = {"about": about, "layers": layers}
+
+
+def preset_names() -> list[str]:
+    """All presets: the package's YAML files and those that plugins registered."""
+    return sorted({path.stem for path in PRESETS_FOLDER.glob("*.yaml")} | set(PLUGIN_PRESETS))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """`about` and `layers` of a preset; the name of a layer type stands for a model of such layers alone.
+
+    Raises UserError for an unknown name, naming the nearest valid one.
+    """
+    if name in PLUGIN_PRESETS:
+        return copy.deepcopy(PLUGIN_PRESETS[name])
+    path = PRESETS_FOLDER / f"{name}.yaml"
+    if path.is_file():
+        return yaml.safe_load(path.read_text())
+    if name in LAYER_TYPES:
+        return {"about": (inspect.getdoc(LAYER_TYPES[name]) or "").split("\n")[0], "layers": [{"type": name}]}
+    raise nearest(name, sorted({*preset_names(), *LAYER_TYPES}), "model")
+
+
+def parse_model(text: str) -> tuple[str, dict[str, Any]]:
+    """'gqa:num_kv_heads=4,position.type=alibi' → ('gqa', {'num_kv_heads': 4, 'position': {'type': 'alibi'}})."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"model '{text}': write options as name=value, for example {name}:window=128")
+        *parents, leaf = key.split(".")
+        target = options
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[leaf] = yaml.safe_load(value)
+    return name, options
+
+
+def model_config(
+    model: str,
+    *,
+    hidden_size: int = 512,
+    num_layers: int = 6,
+    num_heads: int = 8,
+    intermediate_size: int = 2048,
+    vocab_size: int = 50304,
+    **options: Any,
+) -> LMConfig:
+    """The configuration of a named model; the arguments of `create_model`."""
+    name, own = parse_model(model)
+    options |= own
+    specs = load_preset(name)["layers"]
+    if len(specs) > num_layers:
+        raise UserError(f"preset '{name}' has {len(specs)} different layers: num_layers must be at least that many")
+    specs = specs + [specs[-1]] * (num_layers - len(specs))
+    shape = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
+    layer_options = {key: value for key, value in options.items() if key not in LMConfig.__annotations__}
+    accepted = sorted({option for spec in specs for option in layer_type(spec["type"]).option_names()})
+    for key in layer_options:
+        if key not in accepted:
+            raise nearest(key, accepted, f"option of model '{name}'")
+    complete = []
+    for spec in specs:
+        known = layer_type(spec["type"]).option_names()
+        complete.append(shape | spec | {key: value for key, value in layer_options.items() if key in known})
+    model_options = {key: value for key, value in options.items() if key in LMConfig.__annotations__}
+    return LMConfig(vocab_size=vocab_size, hidden_size=hidden_size, layer_specs=complete, **model_options)
+
+
+def create_model(model: str, **options: Any) -> TransformerLM:
+    """An untrained model by preset or layer type; its default shape is Pythia-70M's.
+
+    Args:
+        model: preset or layer type, with options after a colon if you like: 'gqa:num_kv_heads=4'.
+        options: hidden_size, num_layers, num_heads, intermediate_size, vocab_size; options of the layers, given to
+            every layer that has them (num_kv_heads=2, position='none', window=128); fields of LMConfig.
+
+    Raises:
+        UserError (a ValueError): unknown preset, layer type or option, naming the nearest valid one.
+    """
+    config = model_config(model, **options)
+    return TransformerLM(config)
+
+
+def check_model_spec(model: str, **shape: Any) -> None:
+    """Raises UserError if `create_model(model, **shape)` would; builds nothing large."""
+    import torch
+
+    with torch.device("meta"):
+        create_model(model, **shape)
+
+
+def load_model(folder: str | Path, **options: Any) -> TransformerLM:
+    """A saved model: a run folder (with model/ inside) or a folder written by `save_pretrained`.
+
+    Args:
+        options: passed to `from_pretrained`, for example dtype=torch.bfloat16.
+
+    Raises:
+        UserError: no model there, one of another kind, or a damaged file.
+    """
+    path = Path(folder)
+    if (path / "model" / "config.json").is_file():
+        path = path / "model"
+    if not (path / "config.json").is_file():
+        raise UserError(f"no model in {folder}: expected a run folder or one with config.json and model.safetensors")
+    try:
+        config = LMConfig.from_pretrained(path)
+        if config.model_type != "newllm" or not config.layer_specs:
+            raise UserError(f"{path} holds a '{config.model_type}' model: expected one saved by newllm")
+        return TransformerLM.from_pretrained(path, config=config, local_files_only=True, **options)
+    except UserError as error:
+        if "unknown layer type" in str(error):
+            raise UserError(f"{path}: {error}; if it comes from your own file, pass --plugin FILE.py") from error
+        raise
+    except Exception as error:  # safetensors and transformers raise many kinds for a damaged file
+        raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_plugin(path: str | Path) -> list[str]:
+    """Runs the user's Python file, which registers its layer types and presets.
+
+    Returns:
+        the names of the layer types the file registered.
+
+    Raises:
+        UserError: no such file, an error in it (with its line), or nothing registered.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"plugin {path} not found: give a Python file with a class under @register_layer")
+    name = f"newllm_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"plugin {path} is not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        line = _line_in(error, path)
+        raise UserError(f"plugin {path}{line}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    found = [key for key, cls in LAYER_TYPES.items() if cls.__module__ == name]
+    if not found:
+        raise UserError(f"plugin {path} registers no layer: put @register_layer('name') above a subclass of Layer")
+    return found
+
+
+def _line_in(error: Exception, path: Path) -> str:
+    """', line N' of the plugin file in which the error arose."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines, trace = [], error.__traceback__
+    while trace:
+        if Path(trace.tb_frame.f_code.co_filename) == path or trace.tb_frame.f_code.co_filename == str(path.resolve()):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f", line {lines[-1]}" if lines else ""

@@ -1,0 +1,118 @@
+"""To and from Hugging Face's GPT-NeoX, so that real Pythia checkpoints load here and go back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from newllm.models.factory import model_config
+from newllm.models.transformer import TransformerLM
+from newllm.settings import UserError
+
+# Our name → theirs, in each layer; qkv differs in its row order and is converted apart.
+_LAYER = {
+    "norm_attention": "input_layernorm",
+    "norm_mlp": "post_attention_layernorm",
+    "qkv": "attention.query_key_value",
+    "out": "attention.dense",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+}
+_MODEL = {
+    "embed.weight": "gpt_neox.embed_in.weight",
+    "norm.weight": "gpt_neox.final_layer_norm.weight",
+    "norm.bias": "gpt_neox.final_layer_norm.bias",
+    "head.weight": "lm_head.weight",
+}
+
+
+def from_gpt_neox(model: GPTNeoXForCausalLM) -> TransformerLM:
+    """The same model as layers of type 'pythia': equal logits, weights copied.
+
+    Raises UserError for a variant that PythiaLayer is not: sequential residual, no attention bias, other activations.
+    """
+    theirs = model.config
+    expected = {"use_parallel_residual": True, "attention_bias": True, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+    for name, value in expected.items():
+        if getattr(theirs, name) != value:
+            raise UserError(f"cannot convert GPT-NeoX with {name}={getattr(theirs, name)}: only {name}={value}")
+    rope = theirs.rope_parameters
+    if rope["rope_type"] != "default":
+        raise UserError(f"cannot convert GPT-NeoX with rope_type={rope['rope_type']}: only 'default'")
+    config = model_config(
+        "pythia",
+        hidden_size=theirs.hidden_size,
+        num_layers=theirs.num_hidden_layers,
+        num_heads=theirs.num_attention_heads,
+        intermediate_size=theirs.intermediate_size,
+        vocab_size=theirs.vocab_size,
+        position={"type": "rope", "fraction": rope["partial_rotary_factor"], "base": float(rope["rope_theta"])},
+        tie_word_embeddings=theirs.tie_word_embeddings,
+        bos_token_id=theirs.bos_token_id,
+        eos_token_id=theirs.eos_token_id,
+        pad_token_id=theirs.pad_token_id,
+    )
+    ours = TransformerLM(config).to(dtype=model.dtype, device=model.device)
+    state = model.state_dict()
+    heads = theirs.num_attention_heads
+    ours.load_state_dict({name: _from(state[their], name, heads) for name, their in _names(ours)})
+    return ours.train(model.training)
+
+
+def to_gpt_neox(model: TransformerLM) -> GPTNeoXForCausalLM:
+    """The way back: bit-equal weights. Raises UserError where GPT-NeoX has no such model."""
+    specs = model.config.layer_specs
+    first = specs[0]
+    position = first["position"]
+    if first["type"] != "pythia" or any(spec != first for spec in specs):
+        raise UserError("only a model of equal 'pythia' layers has a GPT-NeoX form")
+    if position["type"] != "rope" or first["window"] is not None or first["num_kv_heads"] != first["num_heads"]:
+        raise UserError("GPT-NeoX has rotary positions, no window and as many key as query heads: this model differs")
+    config = GPTNeoXConfig(
+        vocab_size=model.config.vocab_size,
+        hidden_size=model.config.hidden_size,
+        num_hidden_layers=len(specs),
+        num_attention_heads=first["num_heads"],
+        intermediate_size=first["intermediate_size"],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": position["base"],
+            "partial_rotary_factor": position["fraction"],
+        },
+        tie_word_embeddings=model.config.tie_word_embeddings,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+    )
+    theirs = GPTNeoXForCausalLM(config).to(dtype=model.dtype, device=model.device)
+    ours = model.state_dict()
+    state = {their: _to(ours[name], name, first["num_heads"]) for name, their in _names(model)}
+    theirs.load_state_dict(state)
+    return theirs.train(model.training)
+
+
+def _names(model: TransformerLM) -> list[tuple[str, str]]:
+    """(our parameter name, theirs) for every parameter."""
+    pairs = list(_MODEL.items())
+    for n in range(len(model.layers)):
+        for our, their in _LAYER.items():
+            pairs += [
+                (f"layers.{n}.{our}.{part}", f"gpt_neox.layers.{n}.{their}.{part}") for part in ("weight", "bias")
+            ]
+    return pairs
+
+
+def _from(tensor: Tensor, name: str, heads: int) -> Tensor:
+    """GPT-NeoX stacks (q, k, v) head by head; here all q, then all k, then all v."""
+    return tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2) if ".qkv." in name else tensor
+
+
+def _to(tensor: Tensor, name: str, heads: int) -> Tensor:
+    return tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2) if ".qkv." in name else tensor
+
+
+def max_logit_difference(ours: TransformerLM, theirs: GPTNeoXForCausalLM, input_ids: Tensor) -> float:
+    """Largest absolute difference of the two models' logits on input_ids (B, T)."""
+    with torch.no_grad():
+        return float((ours(input_ids).logits - theirs(input_ids).logits).abs().max())

@@ -1,0 +1,13 @@
+"""Layer types. Importing this package registers every file in it; a new type needs a file here and nothing else."""
+
+import importlib
+import pkgutil
+
+from newllm.models.layers.base import LAYER_TYPES, MLP, Layer, create_layer, layer_type, register_layer
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+from newllm.models.layers.pythia import PythiaLayer  # noqa: E402
+
+__all__ = ["LAYER_TYPES", "MLP", "Layer", "PythiaLayer", "create_layer", "layer_type", "register_layer"]

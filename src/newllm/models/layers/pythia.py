@@ -1,0 +1,93 @@
+"""The baseline layer: GPT-NeoX's block with a switchable position encoding, any number of key heads and a window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from newllm.models.cache import KeyValueState
+from newllm.models.layers.base import MLP, Layer, register_layer
+from newllm.models.positions import create_position, position_spec
+from newllm.ops import reference
+from newllm.ops.attention import causal_attention
+from newllm.settings import UserError
+
+
+@register_layer("pythia")
+class PythiaLayer(Layer):
+    """x + attention(ln1 x) + mlp(ln2 x): pre-LayerNorm with a parallel residual, as in Pythia (arXiv 2304.01373).
+
+    Args:
+        hidden_size: D, the width of the residual stream.
+        num_heads: H query heads of size d = D / H.
+        intermediate_size: width of the MLP.
+        num_kv_heads: Hk key and value heads: H is multi-head attention, fewer is grouped-query attention
+            (arXiv 2305.13245), 1 is multi-query attention (arXiv 1911.02150). Default H.
+        position: 'rope', 'alibi', 'none', or a dict with options, see `positions`.
+        window: tokens a query sees, itself included (sliding-window attention, arXiv 1904.10509); None for all.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        num_kv_heads: int | None = None,
+        position: str | dict[str, Any] = "rope",
+        window: int | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if hidden_size % num_heads:
+            raise UserError(f"hidden_size {hidden_size} does not divide into num_heads {num_heads}")
+        if num_heads % num_kv_heads:
+            raise UserError(
+                f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}: use one of its divisors"
+            )
+        if window is not None and window < 1:
+            raise UserError(f"window is {window}: at least 1, the token itself")
+        self.position = create_position(position)
+        self._arguments |= {"num_kv_heads": num_kv_heads, "position": position_spec(self.position)}
+        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, hidden_size // num_heads
+        self.window = window
+        self.norm_attention = nn.LayerNorm(hidden_size)
+        self.norm_mlp = nn.LayerNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * self.head_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+        self.mlp = MLP(hidden_size, intermediate_size)
+
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: KeyValueState | None) -> Tensor:  # type: ignore[override]
+        q, k, v = self._project(x)
+        q, k = self.position.rotate(q, k, positions)
+        if state is not None:
+            k, v, mask = state.update(k, v, mask)
+        slopes = self.position.slopes(self.num_heads, x.device)
+        mixed = causal_attention(q, k, v, slopes=slopes, window=self.window, mask=mask)
+        return self._finish(x, mixed)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, d), keys and values (B, Hk, T, d)."""
+        heads = self.qkv(self.norm_attention(x)).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Output projection of the mixed values (B, H, T, d), MLP, and the residual."""
+        return x + self.out(mixed.transpose(1, 2).flatten(2)) + self.mlp(self.norm_mlp(x))
+
+    def make_state(self) -> KeyValueState:
+        return KeyValueState(window=self.window)
+
+    def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = self._project(x)
+        spec = position_spec(self.position)
+        if spec["type"] == "rope":
+            rotary_dim = int(self.head_size * spec["fraction"])
+            q, k = (reference.rope(part, positions, rotary_dim, spec["base"]) for part in (q, k))
+        slopes = self.position.slopes(self.num_heads, x.device)
+        return self._finish(x, reference.attention(q, k, v, slopes=slopes, window=self.window, mask=mask))
+
+    def state_bytes(self, tokens: int, element_size: int) -> int:
+        kept = tokens if self.window is None else min(tokens, self.window - 1)
+        return 2 * self.num_kv_heads * self.head_size * kept * element_size

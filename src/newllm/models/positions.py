@@ -1,0 +1,114 @@
+"""Position encodings, chosen by config: rotary (`rope`), linear bias (`alibi`), or none (`none`, NoPE).
+
+A position encoding acts at two places of attention: `rotate` turns queries and keys before they meet, `slopes` gives the
+bias subtracted from their scores. Tables are computed in forward: a non-persistent buffer would come back uninitialised
+from `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from newllm.settings import UserError, nearest
+
+
+@dataclass(frozen=True)
+class NoPosition:
+    """NoPE: order is known from causality alone."""
+
+    type: Literal["none"] = "none"
+
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, H, T, d) and k (B, Hk, T, d), as they are."""
+        return q, k
+
+    def slopes(self, num_heads: int, device: torch.device) -> Tensor | None:
+        """The ALiBi slopes: None, there is no bias."""
+        return None
+
+
+@dataclass(frozen=True)
+class RotaryPosition(NoPosition):
+    """Rotary position embedding (arXiv 2104.09864) on the first `fraction` of each head, as in GPT-NeoX and Pythia."""
+
+    type: Literal["rope"] = "rope"  # type: ignore[assignment]
+    fraction: float = 0.25
+    base: float = 10000.0
+
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates q (B, H, T, d) and k (B, Hk, T, d) by their positions (B, T), in float32 at least."""
+        rotary_dim = int(q.shape[-1] * self.fraction)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        steps = torch.arange(0, rotary_dim, 2, dtype=dtype, device=q.device)
+        angles = positions[:, None, :, None].to(dtype) * (1.0 / self.base ** (steps / rotary_dim))  # (B, 1, T, dim/2)
+        cos, sin = angles.cos(), angles.sin()
+
+        def turn(x: Tensor) -> Tensor:
+            first, second, rest = x.split([rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
+            turned = (first * cos - second * sin, second * cos + first * sin)
+            return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
+
+        return turn(q), turn(k)
+
+
+@dataclass(frozen=True)
+class AlibiPosition(NoPosition):
+    """Attention with linear biases (arXiv 2108.12409): the score of a key at distance i − j gets −m_h·(i − j).
+
+    `uniform`: one slope for every head. At the default of 1/16 a key 128 tokens back loses 8 nats: such a model is in
+    effect local. `geometric`: the paper's m_h = 2^(−8h/H), h = 1 … H, from local to nearly global heads.
+    """
+
+    type: Literal["alibi"] = "alibi"  # type: ignore[assignment]
+    slopes_scheme: Literal["uniform", "geometric"] = "uniform"
+    slope: float = 0.0625
+
+    def slopes(self, num_heads: int, device: torch.device) -> Tensor:
+        """(1,) for the uniform, (num_heads,) for the geometric scheme; float32, nats per token."""
+        if self.slopes_scheme == "uniform":
+            return torch.full((1,), self.slope, device=device)
+        heads = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
+        return torch.exp2(-8 * heads / num_heads)
+
+
+Position = NoPosition
+POSITIONS: dict[str, type[NoPosition]] = {"none": NoPosition, "rope": RotaryPosition, "alibi": AlibiPosition}
+# In specs the scheme is called `slopes`; the dataclass keeps that name for its method.
+_FIELDS = {
+    "none": {},
+    "rope": {"fraction": "fraction", "base": "base"},
+    "alibi": {"slopes": "slopes_scheme", "slope": "slope"},
+}
+
+
+def create_position(spec: str | dict[str, Any]) -> Position:
+    """From a name ('rope', 'alibi', 'none') or a spec such as {'type': 'alibi', 'slopes': 'geometric'}.
+
+    Raises UserError for an unknown type, option or value, naming the nearest valid one.
+    """
+    options = {"type": spec} if isinstance(spec, str) else dict(spec)
+    kind = str(options.pop("type", "none"))
+    if kind not in POSITIONS:
+        raise nearest(kind, list(POSITIONS), "position encoding")
+    for name in options:
+        if name not in _FIELDS[kind]:
+            raise nearest(name, list(_FIELDS[kind]) or ["type"], f"option of position '{kind}'")
+    scheme = options.get("slopes", "uniform")
+    if scheme not in ("uniform", "geometric"):
+        raise nearest(str(scheme), ["uniform", "geometric"], "ALiBi slope scheme")
+    for name in ("fraction", "base", "slope"):
+        if name in options and not (isinstance(options[name], int | float) and options[name] > 0):
+            raise UserError(f"position option {name} is {options[name]!r}: it must be a number greater than 0")
+    if options.get("fraction", 1) > 1:
+        raise UserError(f"position option fraction is {options['fraction']}: at most 1, the whole head")
+    return POSITIONS[kind](**{_FIELDS[kind][name]: value for name, value in options.items()})
+
+
+def position_spec(position: Position) -> dict[str, Any]:
+    """The complete spec of a position encoding, as it stands in a config file."""
+    values = asdict(position)
+    return {"type": values.pop("type")} | {name: values[attr] for name, attr in _FIELDS[position.type].items()}

@@ -1,0 +1,146 @@
+"""TransformerLM: an ordinary Hugging Face language model whose layers are any mix of registered layer types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from newllm.models.cache import LMCache, adopt
+from newllm.models.config import LMConfig
+from newllm.models.layers.base import Layer, create_layer
+from newllm.ops.loss import linear_cross_entropy
+
+
+class TransformerLM(PreTrainedModel, GenerationMixin):
+    """Embedding, layers, final LayerNorm, head.
+
+    Args:
+        config: the configuration; or
+        layers: layer objects, from which the configuration is derived, with the other fields of LMConfig as keywords:
+            TransformerLM(layers=[PythiaLayer(512, 8, 2048) for _ in range(6)], vocab_size=50304)
+    """
+
+    config_class = LMConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = False
+    _is_stateful = True  # some states cannot be rolled back: no assisted decoding
+    _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012 (a class attribute transformers defines this way)
+
+    def __init__(self, config: LMConfig | None = None, *, layers: Sequence[Layer] | None = None, **options) -> None:
+        if config is None:
+            assert layers, "give a config or layers"
+            hidden_size = layers[0].spec["hidden_size"]
+            config = LMConfig(hidden_size=hidden_size, layer_specs=[layer.spec for layer in layers], **options)
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers or [create_layer(spec) for spec in config.layer_specs])
+        config.layer_specs = [layer.spec for layer in self.layers]  # complete, defaults included
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Layer):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.head = new_embeddings
+
+    def make_cache(self) -> LMCache:
+        """An empty cache: one state for each layer."""
+        return LMCache(layer.make_state() for layer in self.layers)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, T, D), after the last LayerNorm; arguments as in `forward`."""
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = x.shape[:2]
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = None if attention_mask is None else attention_mask.bool()
+        if mask is not None and mask.shape[1] == T and seen:
+            mask = torch.cat([mask.new_ones(B, seen), mask], dim=1)
+        if position_ids is None:
+            if mask is None:
+                position_ids = torch.arange(seen, seen + T, device=x.device).expand(B, T)
+            else:
+                position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
+        states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
+        for layer, state in zip(self.layers, states, strict=True):
+            x = layer(x, positions=position_ids.expand(B, T), mask=mask, state=state)
+        return self.norm(x)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = True,
+    ) -> CausalLMOutputWithPast | tuple:
+        """One chunk of tokens.
+
+        Args:
+            input_ids: (B, T) token ids; or inputs_embeds (B, T, D).
+            attention_mask: (B, S) over past and chunk, or (B, T) over the chunk alone if the past had no padding; 1 for
+                real tokens. Padding may stand left or right.
+            position_ids: (B, T) or (1, T); default: counted from each row's first real token.
+            past_key_values: the model's cache, or any empty Hugging Face cache, which then takes this model's states.
+            labels: (B, T), not shifted (Hugging Face's convention): token t + 1 is predicted from tokens ≤ t; −100 is ignored.
+            logits_to_keep: compute logits of the last so many positions only; 0 for all.
+            num_items_in_batch: number of targets the loss is divided by (gradient accumulation); default: all in this batch.
+            return_dict: False gives a tuple instead of the output object.
+
+        Returns:
+            loss in nats per token (with labels), logits (B, T, V), past_key_values. In training mode with labels,
+            logits is None: they are never all in memory.
+        """
+        if past_key_values is None and use_cache and not (self.training and labels is not None):
+            past_key_values = self.make_cache()
+        if past_key_values is not None:
+            past_key_values = adopt(past_key_values, [layer.make_state() for layer in self.layers])
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        loss = logits = None
+        if labels is not None:
+            nats = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, labels[:, 1:].flatten(), "sum")
+            count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = nats / count
+        if labels is None or not self.training:
+            logits = self.head(hidden[:, -logits_to_keep:])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return output.to_tuple() if return_dict is False else output
+
+    def token_losses(self, input_ids: Tensor, **inputs) -> Tensor:
+        """−log p(token t | tokens < t) in nats for t = 1 … T − 1: (B, T − 1) float32; never all logits in memory."""
+        hidden = self.hidden_states(input_ids, **inputs)[:, :-1]
+        nats = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, input_ids[:, 1:].flatten(), "none")
+        return nats.view(hidden.shape[:2])
+
+
+AutoConfig.register("newllm", LMConfig)
+AutoModelForCausalLM.register(LMConfig, TransformerLM)

@@ -1,0 +1,100 @@
+"""Causal softmax attention in its fast forms; the obvious twin is `reference.attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Queries of one block of the parallel form. Bounds the additive mask to (H, BLOCK, S) and skips keys no query can see.
+BLOCK = 512
+# Up to this many queries, scores are two matrix products: scaled_dot_product_attention is slow for few queries on a CPU.
+DIRECT_QUERIES = 8
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | None = None,
+    window: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """softmax_j(q_i·k_j / √d − m_h·(i − j)) v_j over j ≤ i.
+
+    The T queries are the last T of S tokens: query t is token i = S − T + t. The query is the row, the key the column.
+
+    Args:
+        q: (B, H, T, d) queries.
+        k: (B, Hk, S, d) keys; Hk divides H, and query head h reads key head h·Hk // H (grouped-query attention,
+            arXiv 2305.13245).
+        v: (B, Hk, S, dv) values.
+        slopes: (H,) or (1,) float32 slopes m of ALiBi (arXiv 2108.12409), in nats per token; None for no bias.
+        window: a query sees at most this many tokens, itself included; None for all.
+        mask: (B, S) bool, True for real tokens, False for padding; None if all are real.
+
+    Returns:
+        (B, H, T, dv) in the dtype of q. The row of a padded query is finite and without meaning.
+    """
+    T, S = q.shape[2], k.shape[2]
+    if T <= DIRECT_QUERIES:
+        return _direct(q, k, v, slopes, window, mask)
+    if slopes is None and mask is None and T == S and (window is None or window >= S):
+        return _sdpa(q, k, v, is_causal=True)
+    blocks = []
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        last = S - T + stop  # keys behind the block's last query are invisible to all of it
+        first = 0 if window is None else max(0, S - T + start - window + 1)
+        bias = additive_mask(
+            stop - start, last - first, slopes, window, None if mask is None else mask[:, first:last], q
+        )
+        blocks.append(_sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], attn_mask=bias))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def additive_mask(
+    T: int, S: int, slopes: Tensor | None, window: int | None, mask: Tensor | None, like: Tensor
+) -> Tensor:
+    """What is added to the scores of T queries at the end of S keys: (1 or B, 1 or H, T, S), −inf where invisible.
+
+    Float32 (float64 for float64 models): a bias of hundreds of nats rounded to bf16 would be off by whole nats.
+    """
+    query = torch.arange(S - T, S, device=like.device)[:, None]
+    distance = query - torch.arange(S, device=like.device)  # (T, S), i − j
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    bias = torch.zeros(1, 1, T, S, dtype=dtype, device=like.device)
+    if slopes is not None:
+        bias = -slopes.to(dtype)[:, None, None] * distance  # (1 or H, T, S)
+        bias = bias[None]
+    visible = visible[None, None]
+    if mask is not None:
+        # A padded token sees itself, so that no row of the softmax is empty.
+        visible = visible & (mask[:, None, None, :] | (distance == 0))
+    return bias.masked_fill(~visible, float("-inf"))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    # Autocast would round the float32 mask to bf16; q, k and v already have their dtype.
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+def _direct(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, window: int | None, mask: Tensor | None) -> Tensor:
+    """Few queries, many keys (decoding): two matrix products, query heads of one key head stacked as rows."""
+    B, H, T, d = q.shape
+    Hk, S = k.shape[1], k.shape[2]
+    rows = q.reshape(B, Hk, H // Hk * T, d) * d**-0.5
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (rows @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32))
+        scores = scores.view(B, H, T, S)
+        if T > 1 or slopes is not None or mask is not None or (window is not None and window < S):
+            scores = scores + additive_mask(T, S, slopes, window, mask, q)
+        weights = scores.softmax(dim=-1).to(v.dtype)
+        return (weights.view(B, Hk, H // Hk * T, S) @ v).view(B, H, T, v.shape[-1])

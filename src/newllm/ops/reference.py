@@ -1,0 +1,61 @@
+"""Slow, obvious twins of the operations in this package: loops and formulas straight from the papers, for tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    slopes: Tensor | None = None,
+    window: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One query at a time: softmax over the keys it may see. Shapes as in `attention.causal_attention`."""
+    B, H, T, d = q.shape
+    Hk, S = k.shape[1], k.shape[2]
+    rows = []
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                i = S - T + t
+                first = 0 if window is None else max(0, i - window + 1)
+                seen = [j for j in range(first, i + 1) if mask is None or bool(mask[b, j]) or j == i]
+                scores = []
+                for j in seen:
+                    score = q[b, h, t] @ k[b, h * Hk // H, j] / math.sqrt(d)
+                    if slopes is not None:
+                        score = score - slopes[h if len(slopes) > 1 else 0].to(q.dtype) * (i - j)
+                    scores.append(score)
+                weights = torch.stack(scores).softmax(dim=0)
+                rows.append(sum(w * v[b, h * Hk // H, j] for w, j in zip(weights, seen, strict=True)))
+    return torch.stack(rows).view(B, H, T, v.shape[-1])  # type: ignore[arg-type]
+
+
+def rope(x: Tensor, positions: Tensor, rotary_dim: int, base: float) -> Tensor:
+    """Rotates the pairs (x_n, x_{n + rotary_dim/2}) by the angle position · base^(−2n/rotary_dim) (arXiv 2104.09864).
+
+    x: (B, H, T, d), positions: (B, T); dimensions from `rotary_dim` on stay as they are.
+    """
+    out = x.clone()
+    half = rotary_dim // 2
+    for b in range(x.shape[0]):
+        for t in range(x.shape[2]):
+            for n in range(half):
+                angle = float(positions[b, t]) * base ** (-2 * n / rotary_dim)
+                first, second = x[b, :, t, n], x[b, :, t, n + half]
+                out[b, :, t, n] = first * math.cos(angle) - second * math.sin(angle)
+                out[b, :, t, n + half] = second * math.cos(angle) + first * math.sin(angle)
+    return out
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """−log softmax(W h)[target] with all logits in memory. hidden (N, D), weight (V, D), targets (N,) → (N,) nats."""
+    logits = hidden @ weight.T
+    return logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None]).squeeze(1)

@@ -1,0 +1,247 @@
+"""Every value of an experiment, as plain dataclasses: each field is a command line flag and a YAML key.
+
+This module imports neither torch nor transformers, so that `newllm --help` stays quick.
+
+A field whose default is None takes its value from the chosen scale (`scales/NAME.yaml`). The order of precedence is
+flag, then config file, then scale. `resolve` returns a copy in which every such field is filled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+SCALES_FOLDER = Path(__file__).parent / "scales"
+CONFIGS_FOLDER = Path(__file__).parent / "experiments" / "configs"
+
+Precision = Literal["auto", "bf16", "float32"]
+
+
+class UserError(ValueError):
+    """Wrong input from outside: one line that says what, where, and what would be valid. The CLI exits with 2."""
+
+
+def nearest(name: str, valid: list[str], what: str) -> UserError:
+    """The error for an unknown name: names the nearest valid one, or all of them where none is near."""
+    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(sorted(valid))}"
+    return UserError(f"unknown {what} '{name}': {hint}")
+
+
+@dataclass(kw_only=True)
+class ShapeSettings:
+    """Size of the models; the same for every model of a comparison."""
+
+    hidden_size: int | None = None
+    """Width D of the residual stream."""
+    num_layers: int | None = None
+    """Number of layers."""
+    num_heads: int | None = None
+    """Number of attention heads H; the head size is D / H."""
+    intermediate_size: int | None = None
+    """Width of the MLP."""
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Which text, which tokenizer, which windows."""
+
+    data: str = "shakespeare"
+    """Corpus: 'shakespeare' (embedded), 'pile', 'hf:NAME[:CONFIG]', or a path (.txt, .jsonl, .jsonl.zst, .parquet, folder)."""
+    text_field: str = "text"
+    """Name of the text column in .jsonl, .parquet and Hugging Face data sets."""
+    tokenizer: str | None = None
+    """'bpe' trains a byte-level BPE on the training split; else a Hugging Face tokenizer by name or folder."""
+    vocab_size: int | None = None
+    """Words of the BPE to train; ignored with a ready tokenizer, whose own size is used."""
+    seq_length: int | None = None
+    """Tokens T of a training window."""
+    validation_share: float = 0.05
+    """Share of the documents held out for validation (own corpora; the embedded one has a fixed split)."""
+    test_share: float = 0.05
+    """Share of the documents held out for the test split."""
+    max_documents: int | None = None
+    """Read at most this many documents (0 or more); for streams such as the Pile the default of None means 20,000."""
+    cache_dir: str | None = None
+    """Folder for tokenizers and token files; default $NEWLLM_CACHE or ~/.cache/newllm."""
+
+
+@dataclass(kw_only=True)
+class TrainingSettings:
+    """Budget and optimiser."""
+
+    max_tokens: int | None = None
+    """Budget: stop after this many training tokens. Without it: samples × epochs."""
+    samples: int | None = None
+    """Budget: training windows in an epoch; None takes all of the training split."""
+    epochs: float | None = None
+    """Budget: passes over the samples."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better validation loss; 0 never stops early."""
+    lr: float | None = None
+    """Peak learning rate of AdamW."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this share of the peak learning rate."""
+    warmup_ratio: float = 0.05
+    """Share of all optimizer steps spent in linear warm-up."""
+    weight_decay: float = 0.1
+    """Weight decay on matrices; none on biases, norms and gates."""
+    adam_beta1: float = 0.9
+    """First AdamW beta."""
+    adam_beta2: float = 0.95
+    """Second AdamW beta."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 turns it off."""
+    batch_size: int | None = None
+    """Windows in a micro-batch."""
+    gradient_accumulation: int = 1
+    """Micro-batches in an optimizer step."""
+    precision: Precision = "auto"
+    """'auto' is bf16 autocast where the device computes it natively, else float32."""
+    device: str = "auto"
+    """'auto' is cuda where there is one, else cpu."""
+    threads: int | None = None
+    """CPU threads for torch; None leaves torch's choice."""
+    evaluations: int | None = None
+    """How many times a run measures the validation loss (at equal distances); with epochs ≥ 1 at least once an epoch."""
+    checkpoint_minutes: float = 2.0
+    """A checkpoint is written at least this often (and at every evaluation), so that an interrupted run loses little."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Extra loggers of the Hugging Face Trainer."""
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings:
+    """What is measured after training."""
+
+    eval_tokens: int | None = None
+    """At most this many held-out tokens for each perplexity; None takes the whole split."""
+    eval_batch_size: int = 16
+    """Windows in an evaluation batch."""
+    sliding_window: int | None = None
+    """Context of the sliding-window perplexity, in tokens (SYSTEMS: 2048 at full size)."""
+    sliding_stride: int | None = None
+    """Tokens scored in each step of the sliding window."""
+    decode_context: int | None = None
+    """Context length, in tokens, at which decoding latency and cache bytes are measured."""
+    efficiency: bool = True
+    """Measure training speed, peak memory, prefill and decoding latency, in processes of their own, in turn."""
+    efficiency_seconds: float = 6.0
+    """Time for each model's speed measurement."""
+
+
+@dataclass(kw_only=True)
+class CommonSettings(ShapeSettings, DataSettings, TrainingSettings, EvaluationSettings):
+    """Everything the runs of a comparison share."""
+
+    scale: str = "quickstart"
+    """Named size and budget: quickstart, small or pythia-70m; fills every value not set by flag or config."""
+    plugin: str | None = None
+    """Python file with your own layers (and presets), registered before anything else."""
+
+
+@dataclass(kw_only=True)
+class ExperimentSettings(CommonSettings):
+    """A comparison: several models, one or more seeds, one text, one budget."""
+
+    models: list[str] = field(default_factory=lambda: ["pythia", "pythia_alibi", "gqa", "mqa"])
+    """Presets or layer types; the first is the baseline. Options follow a colon: gqa:num_kv_heads=4,window=128"""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds; each model is trained once with each."""
+    name: str = "compare"
+    """Title of the report."""
+    out: str | None = None
+    """Result folder; default runs/NAME-SCALE. Started again with the same folder, finished runs are kept."""
+
+    def runs(self) -> list[RunSettings]:
+        """One RunSettings for each seed and model, seed by seed, so that a partial comparison is a fair one."""
+        common = {f.name: getattr(self, f.name) for f in dataclasses.fields(CommonSettings)}
+        return [RunSettings(**common, model=model, seed=seed) for seed in self.seeds for model in self.models]
+
+
+@dataclass(kw_only=True)
+class RunSettings(CommonSettings):
+    """One model trained with one seed."""
+
+    model: str = "pythia"
+    """Preset or layer type, with options after a colon: pythia:position=none"""
+    seed: int = 0
+    """Seed of initialisation and data order."""
+
+    def hash(self) -> str:
+        """Identifies what the run computes: finished runs are reused only for the same hash."""
+        irrelevant = {"cache_dir", "report_to", "checkpoint_minutes", "efficiency", "efficiency_seconds"}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in irrelevant}
+        if self.plugin is not None:
+            values["plugin"] = hashlib.sha256(Path(self.plugin).read_bytes()).hexdigest()
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def scale_names() -> list[str]:
+    return sorted(path.stem for path in SCALES_FOLDER.glob("*.yaml"))
+
+
+def load_scale(name: str) -> dict[str, Any]:
+    """The values of a named scale."""
+    path = SCALES_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise nearest(name, scale_names(), "scale")
+    return yaml.safe_load(path.read_text())
+
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+def resolve(settings: S) -> S:
+    """A copy of the settings in which the scale has filled every value left at None, and every value is checked."""
+    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    scale = load_scale(settings.scale)
+    # A budget given in one way replaces the scale's budget given in another.
+    if settings.max_tokens is not None or settings.samples is not None or settings.epochs is not None:
+        scale = {key: value for key, value in scale.items() if key not in ("max_tokens", "samples", "epochs")}
+        if settings.max_tokens is None and settings.epochs is None:
+            scale["epochs"] = 1.0
+    filled = {key: scale.get(key) if value is None else value for key, value in given.items()}
+    resolved = type(settings)(**filled)
+    check(resolved)
+    return resolved
+
+
+def check(settings: CommonSettings) -> None:
+    """Raises UserError for a value no run could work with."""
+    positive = (
+        "hidden_size num_layers num_heads intermediate_size seq_length vocab_size lr batch_size gradient_accumulation "
+        "max_tokens samples epochs threads evaluations eval_tokens eval_batch_size sliding_window sliding_stride decode_context"
+    ).split()
+    for name in positive:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
+    for name in ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share"):
+        value = getattr(settings, name)
+        if not 0 <= value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
+    if settings.hidden_size % settings.num_heads:  # type: ignore[operator]
+        raise UserError(
+            f"--hidden-size {settings.hidden_size} does not divide into --num-heads {settings.num_heads}: "
+            f"choose a multiple of {settings.num_heads}"
+        )
+    if isinstance(settings, ExperimentSettings):
+        if not settings.models:
+            raise UserError("--models is empty: name at least one preset, for example --models pythia")
+        if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
+            raise UserError(f"--seeds {settings.seeds}: give at least one seed, each only once")
+        if len(set(settings.models)) < len(settings.models):
+            raise UserError(f"--models names a model twice: {' '.join(settings.models)}")
+
+
+def to_yaml(settings: Any) -> str:
+    """The settings as YAML, readable back by `--config`."""
+    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True)
