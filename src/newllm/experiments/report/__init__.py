@@ -1,0 +1,196 @@
+"""report.html (one file, opens offline) and report.md of a comparison, both made from results.json alone."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from newllm.experiments.columns import COST_COLUMNS, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
+from newllm.experiments.report import words
+from newllm.experiments.report.plots import all_plots, position_estimates
+from newllm.experiments.results import (
+    ModelSummary,
+    Results,
+    best_models,
+    decimals,
+    number,
+    percent,
+    ranked,
+    read_results,
+    summarise,
+    value_text,
+)
+from newllm.experiments.statistics import Difference, Estimate
+
+
+def write_report(folder: Path) -> Path:
+    """Reads results.json of a compare folder; writes report.md and report.html beside it and returns the latter."""
+    results = read_results(folder)
+    context = report_context(results, summarise(results))
+    for name in ("report.md", "report.html"):
+        (folder / name).write_text(_template(name).render(context), encoding="utf-8")
+    return folder / "report.html"
+
+
+def _asset(name: str) -> str:
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _template(name: str) -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"cell": markdown_cell, "joined": words.join, "fence": markdown_fence}
+    return environment.from_string(_asset(f"template{Path(name).suffix}"))
+
+
+def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str, Any]:
+    """Everything both templates show."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    figures = all_plots(summaries)
+    browser_data = {
+        "models": [{"name": s.model, "baseline": s.is_baseline} for s in summaries],
+        "figures": figures,
+    }
+    check_names = list(dict.fromkeys(c["name"] for s in summaries for row in s.rows for c in row["checks"]))
+    return {
+        "results": results,
+        "title": f"{words.capitalised(words.count(len(summaries), 'language model'))} on {words.corpus(results)}",
+        "headline": words.headline(results, summaries),
+        "findings": words.findings(results, summaries),
+        "facts": words.facts(results, summaries),
+        "models": summaries,
+        "table": table(summaries, MAIN_COLUMNS),
+        "differences": difference_rows(summaries),
+        "perplexity": table(summaries, PERPLEXITY_COLUMNS),
+        "costs": table(summaries, COST_COLUMNS),
+        "positions": position_table(summaries),
+        "check_names": check_names,
+        "checks": [check_row(summary, check_names) for summary in summaries],
+        "samples": [(s.model, s.valid, s.rows[0]["sample"]) for s in summaries if s.rows[0].get("sample")],
+        "config": yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True),
+        "figures": figures,
+        # "<" could otherwise end the script element.
+        "data": Markup(json.dumps(browser_data, ensure_ascii=False).replace("<", "\\u003c")),
+        "style": Markup(_asset("style.css")),
+        "script": Markup(_asset("report.js")),
+        "plotly": Markup(get_plotlyjs()),
+    }
+
+
+def table(summaries: list[ModelSummary], columns: list[Column]) -> dict[str, Any]:
+    """The columns that were measured, and for each model its cells: text, interval, sort value, mark, difference."""
+    columns = [column for column in columns if any(s.mean(column) for s in summaries)]
+    best = {column.key: best_models(summaries, column) for column in columns}
+    places = {column.key: decimals(summaries, column) for column in columns}
+    rows = []
+    for summary in ranked(summaries):
+        cells = []
+        for column in columns:
+            value = summary.values[column.key]
+            cells.append(
+                {
+                    "text": number(value.mean, places[column.key]) if value else "—",
+                    "interval": number(value.half_width, places[column.key]) if value and value.half_width else "",
+                    "full": value_text(summary, column, places[column.key]),
+                    "sort": value.mean if value else None,
+                    "best": summary.model in best[column.key],
+                    **_difference_cell(summary, summary.differences[column.key], column),
+                }
+            )
+        rows.append({"summary": summary, "cells": cells})
+    return {"columns": columns, "rows": rows}
+
+
+def _difference_cell(summary: ModelSummary, difference: Difference | None, column: Column) -> dict[str, Any]:
+    """The small line under a value, and whether it shows a better or a worse figure than the baseline's."""
+    if difference is None:
+        return {"difference": "baseline" if summary.is_baseline and column is LEAD else "", "tone": ""}
+    if difference.verdict == "same" or difference.percent.mean == 0:
+        return {"difference": "same", "tone": ""}
+    shown = difference.verdict in ("lower", "higher") and column.better
+    tone = ("better" if difference.verdict == column.better else "worse") if shown else ""
+    return {"difference": percent(difference.percent), "tone": tone}
+
+
+def difference_rows(summaries: list[ModelSummary]) -> list[dict[str, Any]]:
+    """The paired comparison of test perplexity and bits per byte with the baseline, in absolute numbers and percent."""
+    rows = []
+    for summary in ranked(summaries):
+        difference = summary.differences[LEAD.key]
+        if difference is None:
+            continue
+        bits = summary.differences["test_bits_per_byte"]
+        rows.append(
+            {
+                "model": summary.model,
+                "seeds": difference.absolute.count,
+                "absolute": _signed(difference.absolute, 2),
+                "percent": _signed(difference.percent, 1),
+                "bits": _signed(bits.absolute, 4) if bits else "—",
+                "verdict": difference.verdict,
+                "sort": difference.absolute.mean,
+            }
+        )
+    return rows
+
+
+def _signed(value: Estimate, places: int) -> str:
+    text = number(value.mean, places, signed=True)
+    return text if value.half_width is None else f"{text} ± {number(value.half_width, places)}"
+
+
+def position_table(summaries: list[ModelSummary]) -> dict[str, Any]:
+    """Perplexity by position as text, for readers who want the figures behind the plot."""
+    by_model = {s.model: position_estimates(s) for s in summaries}
+    ranges = list(dict.fromkeys(name for values in by_model.values() for name in values))
+    rows = []
+    for summary in ranked(summaries):
+        values = [by_model[summary.model].get(name) for name in ranges]
+        texts = [
+            "—" if v is None else f"{v.mean:,.2f}" + (f" ± {v.half_width:,.2f}" if v.half_width else "") for v in values
+        ]
+        rows.append({"model": summary.model, "valid": summary.valid, "cells": texts})
+    return {"ranges": ranges, "rows": rows if ranges else []}
+
+
+def check_row(summary: ModelSummary, names: list[str]) -> dict[str, Any]:
+    """Whether a model passed each check with every seed; what went wrong where it did not; its perplexity band."""
+    outcomes, problems = [], []
+    for name in names:
+        found = [(row["seed"], check) for row in summary.rows for check in row["checks"] if check["name"] == name]
+        failed = [(seed, check) for seed, check in found if not check["passed"]]
+        outcomes.append("fail" if failed else "pass" if found else "not run")
+        problems += [f"{name}, seed {seed}: {check['detail']}" for seed, check in failed]
+    details = [f"{check['name']}: {check['detail']}" for check in summary.rows[0]["checks"]]
+    band = summary.rows[0].get("ppl_band") or {}
+    return {
+        "summary": summary,
+        "outcomes": outcomes,
+        "problems": problems,
+        "details": details,
+        "band": band.get("band", "—"),
+        "advice": band.get("advice", ""),
+    }
+
+
+def markdown_cell(text: object) -> str:
+    """Text that cannot break a Markdown table or start HTML."""
+    escaped = str(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "\\`")
+    return " ".join(escaped.replace("*", "\\*").replace("_", "\\_").split())
+
+
+def markdown_fence(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any run of backticks in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

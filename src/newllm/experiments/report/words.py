@@ -1,0 +1,239 @@
+"""What the numbers say, in careful words: computed, so that no sentence claims more than its interval allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from newllm.experiments.columns import ALL_COLUMNS, LEAD
+from newllm.experiments.results import ModelSummary, Results, decimals, number, percent, ranked, value_text
+
+CACHE = ALL_COLUMNS["cache_bytes_per_token"]
+TRAINING = ALL_COLUMNS["train_tokens_per_second"]
+DECODING = ALL_COLUMNS["decode_ms_per_token"]
+
+
+def join(items: list[str]) -> str:
+    """a, b and c"""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def count(amount: int, noun: str) -> str:
+    words = "no one two three four five six seven eight nine ten eleven twelve".split()
+    return f"{words[amount] if amount < len(words) else amount} {noun}{'' if amount == 1 else 's'}"
+
+
+def capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def competitors(summaries: list[ModelSummary]) -> list[ModelSummary]:
+    """Valid models with a test perplexity, best first."""
+    return [s for s in ranked(summaries) if s.valid and s.values[LEAD.key]]
+
+
+def headline(results: Results, summaries: list[ModelSummary]) -> str:
+    """One sentence: which model has the lowest perplexity, and whether that is a difference to the baseline."""
+    shown = competitors(summaries)
+    if not shown:
+        return "There is no valid result: every run failed, diverged or did not pass the causality check."
+    best, places = shown[0], decimals(summaries, LEAD)
+    value = value_text(best, LEAD, places)
+    if len(shown) == 1:
+        return f"{best.model} reaches a test perplexity of {value}."
+    if best.is_baseline:
+        return f"None of the other models has a lower test perplexity than the baseline {best.model}: {value}."
+    lead = f"{best.model} has the lowest test perplexity, {value}"
+    difference = best.differences[LEAD.key]
+    if difference is None:
+        return f"{lead}; the baseline {results['baseline']} has no valid result to compare it with."
+    relation = f"{percent(difference.percent)} against the baseline {results['baseline']}"
+    if difference.absolute.half_width is None:
+        return f"{lead} ({relation}), in a single run."
+    if difference.verdict == "no difference shown":
+        return (
+            f"{lead}, but no difference to the baseline {results['baseline']} is shown ({percent(difference.percent)})."
+        )
+    return f"{lead}: {relation}."
+
+
+def findings(results: Results, summaries: list[ModelSummary]) -> list[tuple[str, str]]:
+    """(topic, sentences) for quality, memory, speed and how far the numbers carry."""
+    shown = competitors(summaries)
+    parts = [
+        ("Quality", _quality(results, shown)),
+        ("Memory", _memory(results, shown)),
+        ("Speed", _speed(results, shown)),
+        ("Checks", _checks(results, summaries)),
+        ("How sure", _certainty(summaries, shown)),
+    ]
+    return [(topic, text) for topic, text in parts if text]
+
+
+def _quality(results: Results, shown: list[ModelSummary]) -> str:
+    groups: dict[str, list[str]] = {}
+    for summary in shown:
+        if difference := summary.differences[LEAD.key]:
+            groups.setdefault(difference.verdict, []).append(f"{summary.model} ({percent(difference.percent)})")
+    texts = {
+        "lower": "Lower perplexity than the baseline",
+        "higher": "Higher",
+        "same": "Exactly the same",
+        "no difference shown": "No difference shown (the interval includes zero)",
+        "one seed: cannot tell": "One shared seed, so an interval cannot be given",
+    }
+    said = [f"{text}: {join(groups[verdict])}." for verdict, text in texts.items() if verdict in groups]
+    return " ".join(said)
+
+
+def _memory(results: Results, shown: list[ModelSummary]) -> str:
+    sized = [(size, s) for s in shown if (size := s.mean(CACHE)) is not None]
+    if not sized:
+        return ""
+    low, high = min(size for size, _ in sized), max(size for size, _ in sized)
+    if low == high:
+        each = "It keeps" if len(sized) == 1 else "Every model keeps"
+        return f"{each} {number(low, 0)} bytes of cache for each token of the context."
+    smallest = [s for size, s in sized if size == low]
+    best = smallest[0]  # `shown` is ranked: of equal caches, the one with the lowest perplexity
+    text = f"The smallest cache is {best.model}'s: {number(low, 0)} bytes per token"
+    baseline = next((size for size, s in sized if s.is_baseline), None)
+    if baseline and baseline > low:
+        text += f", {100 * low / baseline:.3g} % of the baseline's {number(baseline, 0)}"
+    difference = best.differences[LEAD.key]
+    if difference is not None:
+        text += f", with {percent(difference.percent)} perplexity"
+        if difference.verdict == "no difference shown":
+            text += " (no difference shown)"
+    return text + "."
+
+
+def _speed(results: Results, shown: list[ModelSummary]) -> str:
+    said = []
+    for column, verb, fastest in ((DECODING, "decodes", min), (TRAINING, "trains", max)):
+        timed = [(mean, s) for s in shown if (mean := s.mean(column)) is not None]
+        if len(timed) < 2:
+            continue
+        places = decimals(shown, column)
+        mean, best = fastest(timed, key=lambda pair: pair[0])
+        text = f"{best.model} {verb} fastest: {number(mean, places)} {column.unit}"
+        if column is DECODING and (context := results["settings"].get("decode_context")):
+            text += f" with {number(context, 0)} tokens of context"
+        baseline = next((value for value, s in timed if s.is_baseline), None)
+        said.append(
+            text + (f" (baseline {number(baseline, places)})" if baseline and not best.is_baseline else "") + "."
+        )
+    return " ".join([*said, "Timings belong to this machine and vary by some percent from run to run."]) if said else ""
+
+
+def _checks(results: Results, summaries: list[ModelSummary]) -> str:
+    said = []
+    if invalid := [s.model for s in summaries if not s.valid]:
+        said.append(
+            f"{join(invalid)}: INVALID. The causality check failed, so the model sees the tokens it should predict, and its "
+            "perplexity means nothing. It is left out of every comparison."
+        )
+    failing = [s.model for s in summaries if s.valid and not all(c["passed"] for row in s.rows for c in row["checks"])]
+    if failing:
+        said.append(f"A check other than causality failed for {join(failing)}; see below.")
+    if not said and summaries:
+        said.append("Every model passes every check.")
+    if results["failed"]:
+        said.append(f"{capitalised(count(len(results['failed']), 'run'))} failed; see below.")
+    return " ".join(said)
+
+
+def _certainty(summaries: list[ModelSummary], shown: list[ModelSummary]) -> str:
+    if not summaries:
+        return ""
+    most = max(len(s.rows) for s in summaries)
+    if most == 1:
+        return (
+            "One seed for each model cannot tell small differences from chance: run several (--seeds 0 1 2) before "
+            "believing a gap of a few percent."
+        )
+    said = [
+        f"± is the 95 % interval of the mean over {most} seeds (Student's t). It covers initialisation and data order, not "
+        "other texts, sizes or longer training."
+    ]
+    compared = sum(s.differences[LEAD.key] is not None for s in shown)
+    if compared > 1:
+        said.append(
+            f"Differences are paired by seed. Each of the {count(compared, 'interval')} misses the true "
+            "difference one time in twenty."
+        )
+    if fewer := [s.model for s in summaries if len(s.rows) < most]:
+        said.append(f"Fewer seeds than the others: {join(fewer)}.")
+    return " ".join(said)
+
+
+def facts(results: Results, summaries: list[ModelSummary]) -> list[tuple[str, str]]:
+    """What was compared, on which text, under which budget, where and when; (label, text)."""
+    settings, data, machine = results["settings"], results["data"], results["machine"]
+    seeds = sorted({row["seed"] for row in results["rows"]})
+    rows = [
+        ("Text", _text(settings, data)),
+        ("Budget", _budget(settings, results["rows"])),
+        ("Shape", _shape(settings)),
+        ("Seeds", f"{count(len(seeds), 'seed')}: {', '.join(map(str, seeds))}" if seeds else ""),
+        ("Machine", _machine(machine)),
+        ("Made", f"{results['created'][:16].replace('T', ' ')} with newllm {results['version']}"),
+    ]
+    return [(label, text) for label, text in rows if text]
+
+
+def corpus(results: Results) -> str:
+    return str(results["data"].get("corpus") or results["settings"].get("data", ""))
+
+
+def _text(settings: dict[str, Any], data: dict[str, Any]) -> str:
+    said = [str(data.get("corpus") or settings.get("data", ""))]
+    for split, counts in (data.get("splits") or {}).items():
+        said.append(f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    if data.get("tokenizer"):
+        said.append(str(data["tokenizer"]))
+    overlap = data.get("overlap") or {}
+    if "test" in overlap:
+        said.append(f"{overlap['test']:.2%} of the test split's {overlap['ngram_words']}-word sequences occur in train")
+    return "; ".join(said)
+
+
+def _budget(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    if settings.get("max_tokens"):
+        said = [f"{settings['max_tokens']:,} training tokens for each model"]
+    else:
+        samples = f"{settings['samples']:,} windows" if settings.get("samples") else "the training split"
+        said = [f"{settings.get('epochs') or 1:g} × {samples}"]
+        if tokens := [row["tokens"] for row in rows if row.get("tokens")]:
+            same = min(tokens) == max(tokens)
+            said.append(f"{min(tokens):,} tokens" if same else f"{min(tokens):,} to {max(tokens):,} tokens")
+    if settings.get("seq_length") and settings.get("batch_size"):
+        batch = settings["batch_size"] * settings.get("gradient_accumulation", 1)
+        said.append(f"{batch} windows of {settings['seq_length']} tokens in a step")
+    if settings.get("lr"):
+        said.append(f"AdamW, peak learning rate {settings['lr']:g}")
+    return "; ".join(said)
+
+
+def _shape(settings: dict[str, Any]) -> str:
+    names = {"num_layers": "layers", "hidden_size": "wide", "num_heads": "heads", "intermediate_size": "in the MLP"}
+    return ", ".join(f"{settings[key]:,} {name}" for key, name in names.items() if settings.get(key))
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    """Every entry the runner recorded; sizes in bytes as GiB."""
+    said = []
+    for key, value in machine.items():
+        name = key.removesuffix("_bytes").replace("_", " ")
+        if value is None:
+            continue
+        if key.endswith("_bytes"):
+            said.append(f"{value / 2**30:.0f} GiB {name}")
+        elif key in ("cpu", "gpu", "system"):
+            said.append(str(value))
+        elif isinstance(value, bool):
+            said.append(name if value else f"no {name}")
+        elif isinstance(value, int):
+            said.append(f"{value} {name}")
+        else:
+            said.append(f"{name} {value}")
+    return ", ".join(said)
