@@ -233,8 +233,4 @@ def _read_parquet(path: Path, title: str, text_field: str) -> Iterator[Document]
             for row, index in zip(batch.to_pylist(), number, strict=False):
                 yield Document(f"{title}:{index}", _text_of(row, text_field, f"{path}, row {index}"))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: not a readable parquet file: {hub.first_line(error)}") from error

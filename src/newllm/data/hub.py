@@ -61,8 +61,7 @@ def stream_rows(source: str) -> Iterator[dict[str, Any]]:
         splits = datasets.load_dataset(name, config or None, streaming=True)
         yield from splits["train"] if "train" in splits else next(iter(splits.values()))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(f"hf:{source}: the library `datasets` cannot read it: {first_line}") from error
+        raise UserError(f"hf:{source}: the library `datasets` cannot read it: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -74,13 +73,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = local_folder(name)
-    if folder is not None:
-        try:
-            return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: no tokenizer in this folder (tokenizer.json is looked for)") from error
+    if folder is not None and not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{name}: this folder holds no tokenizer (tokenizer_config.json, as save_pretrained writes it)")
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):  # not in the cache of the hub
-        require(name, "model", "use --tokenizer bpe, or a folder that holds tokenizer.json")
+        return AutoTokenizer.from_pretrained(folder or name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if folder is not None:
+            raise UserError(f"{name}: damaged tokenizer: {first_line(error)}") from error
+    # It is not in this machine's cache of the hub.
+    require(name, "model", "use --tokenizer bpe, or a folder that holds a tokenizer")
+    try:
         return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model '{name}' on the hub has no usable tokenizer: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -18,8 +18,8 @@ IGNORED = -100
 class WindowDataset(Dataset[dict[str, Tensor]]):
     """Contiguous, non-overlapping windows over a split: item i is tokens [i T, (i + 1) T), as {"input_ids", "labels"}.
 
-    The incomplete rest is dropped. A window may cross documents, which EOS separates. Labels are the inputs, (T,) int64;
-    the model shifts them.
+    The incomplete rest is dropped. A window may cross documents, which EOS separates. Labels are the inputs, (T,)
+    int64; the model shifts them.
     """
 
     def __init__(self, tokens: TokenFile, seq_length: int, samples: int | None = None, seed: int = 0):
@@ -43,9 +43,10 @@ class StreamDataset(Dataset[dict[str, Tensor]]):
     """Batches whose row r goes on where row r of the batch before ended, for models that carry a state.
 
     Every token appears exactly once. A chunk never crosses a document: a document's last chunk is padded on the right,
-    and the next chunk of its row begins a new document (`starts`), where the state must be reset. Documents are dealt to
-    the rows longest first, each to the row with the fewest batches so far, so that rows end about together; a row without
-    further documents is all padding. In its row a document keeps its place in the corpus, or a random one by `seed`.
+    and the next chunk of its row begins a new document (`starts`), where the state must be reset. Documents are dealt
+    to the rows longest first, each to the row with the fewest batches so far, so that rows end about together; a row
+    without further documents is all padding. In its row a document keeps its place in the corpus, or a random one by
+    `seed`.
 
     Item i is the whole batch i (use `DataLoader(..., batch_size=None, shuffle=False)`, or iterate directly):
         input_ids (B, T) int64, attention_mask (B, T) bool, labels (B, T) with -100 where padded, starts (B,) bool.
