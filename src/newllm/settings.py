@@ -28,11 +28,11 @@ class UserError(ValueError):
     """Wrong input from outside: one line that says what, where, and what would be valid. The CLI exits with 2."""
 
 
-def nearest(name: str, valid: list[str], what: str) -> UserError:
+def nearest(name: str, valid: list[str], what: str, where: str = "") -> UserError:
     """The error for an unknown name: names the nearest valid one, or all of them where none is near."""
     match = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(sorted(valid))}"
-    return UserError(f"unknown {what} '{name}': {hint}")
+    return UserError(f"unknown {what} '{name}'{where and ' ' + where}: {hint}")
 
 
 @dataclass(kw_only=True)
@@ -54,7 +54,7 @@ class DataSettings:
     """Which text, which tokenizer, which windows."""
 
     data: str = "shakespeare"
-    """Corpus: 'shakespeare' (embedded), 'pile', 'hf:NAME[:CONFIG]', or a path (.txt, .jsonl, .jsonl.zst, .parquet, folder)."""
+    """Corpus: 'shakespeare' (embedded), 'pile', 'hf:NAME[:CONFIG]', or a path (.txt .jsonl[.zst] .parquet, folder)."""
     text_field: str = "text"
     """Name of the text column in .jsonl, .parquet and Hugging Face data sets."""
     tokenizer: str | None = None
@@ -110,9 +110,9 @@ class TrainingSettings:
     threads: int | None = None
     """CPU threads for torch; None leaves torch's choice."""
     evaluations: int | None = None
-    """How many times a run measures the validation loss (at equal distances); with epochs ≥ 1 at least once an epoch."""
+    """How many times a run measures the validation loss, at equal distances; with epochs ≥ 1 at least once an epoch."""
     checkpoint_minutes: float = 2.0
-    """A checkpoint is written at least this often (and at every evaluation), so that an interrupted run loses little."""
+    """A checkpoint is written at least this often, and at every evaluation: an interrupted run loses little."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Extra loggers of the Hugging Face Trainer."""
 
@@ -214,13 +214,16 @@ def resolve(settings: S) -> S:
     return resolved
 
 
+POSITIVE = (
+    *("hidden_size", "num_layers", "num_heads", "intermediate_size", "seq_length", "vocab_size", "lr", "batch_size"),
+    *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
+    *("eval_batch_size", "sliding_window", "sliding_stride", "decode_context"),
+)
+
+
 def check(settings: CommonSettings) -> None:
     """Raises UserError for a value no run could work with."""
-    positive = (
-        "hidden_size num_layers num_heads intermediate_size seq_length vocab_size lr batch_size gradient_accumulation "
-        "max_tokens samples epochs threads evaluations eval_tokens eval_batch_size sliding_window sliding_stride decode_context"
-    ).split()
-    for name in positive:
+    for name in POSITIVE:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")

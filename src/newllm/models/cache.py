@@ -223,6 +223,8 @@ class RecurrentState(LayerState):
 class LMCache(Cache):
     """The states of all layers of one model."""
 
+    layers: list[LayerState]  # type: ignore[assignment]
+
     def __init__(self, layers: Iterable[LayerState]) -> None:
         super().__init__(layers=list(layers))
 
@@ -254,7 +256,7 @@ def adopt(cache: Cache, layers: list[LayerState]) -> Cache:
         return cache
     if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
         raise ValueError("past_key_values was filled by another model: pass None or model.make_cache()")
-    cache.layers = layers
+    cache.layers = layers  # type: ignore[assignment]
     return cache
 
 

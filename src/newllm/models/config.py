@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from newllm.settings import nearest
+
+# What Hugging Face writes into config.json beside the fields.
+BOOKKEEPING = ("model_type", "transformers_version", "torch_dtype", "attn_implementation")
 
 
 class LMConfig(PreTrainedConfig):
@@ -31,7 +35,7 @@ class LMConfig(PreTrainedConfig):
     vocab_size: int = 50304
     hidden_size: int = 512
     num_hidden_layers: int = 0
-    layer_specs: list[dict[str, Any]] | None = None
+    layer_specs: list[dict[str, Any]] = field(default_factory=list)
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -41,16 +45,8 @@ class LMConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.layer_specs = list(self.layer_specs or [])
         self.num_hidden_layers = len(self.layer_specs)
-        own = [name for name in LMConfig.__annotations__ if not name.startswith("_")]
         for name in kwargs:
-            # Hugging Face stores bookkeeping of its own in the same file.
-            if name not in (
-                "model_type",
-                "transformers_version",
-                "torch_dtype",
-                "attn_implementation",
-            ) and not name.startswith("_"):
-                raise nearest(name, own, "option of LMConfig")
+            if name not in BOOKKEEPING and not name.startswith("_"):
+                raise nearest(name, list(LMConfig.__annotations__), "option", "of LMConfig")
         super().__post_init__(**kwargs)

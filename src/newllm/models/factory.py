@@ -83,7 +83,7 @@ def model_config(
     accepted = sorted({option for spec in specs for option in layer_type(spec["type"]).option_names()})
     for key in layer_options:
         if key not in accepted:
-            raise nearest(key, accepted, f"option of model '{name}'")
+            raise nearest(key, accepted, "option", f"of model '{name}'")
     complete = []
     for spec in specs:
         known = layer_type(spec["type"]).option_names()

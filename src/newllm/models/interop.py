@@ -37,7 +37,7 @@ def from_gpt_neox(model: GPTNeoXForCausalLM) -> TransformerLM:
     for name, value in expected.items():
         if getattr(theirs, name) != value:
             raise UserError(f"cannot convert GPT-NeoX with {name}={getattr(theirs, name)}: only {name}={value}")
-    rope = theirs.rope_parameters
+    rope: dict = theirs.rope_parameters  # type: ignore[assignment]
     if rope["rope_type"] != "default":
         raise UserError(f"cannot convert GPT-NeoX with rope_type={rope['rope_type']}: only 'default'")
     config = model_config(
@@ -53,7 +53,7 @@ def from_gpt_neox(model: GPTNeoXForCausalLM) -> TransformerLM:
         eos_token_id=theirs.eos_token_id,
         pad_token_id=theirs.pad_token_id,
     )
-    ours = TransformerLM(config).to(dtype=model.dtype, device=model.device)
+    ours = TransformerLM(config).to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
     state = model.state_dict()
     heads = theirs.num_attention_heads
     ours.load_state_dict({name: _from(state[their], name, heads) for name, their in _names(ours)})
@@ -85,7 +85,7 @@ def to_gpt_neox(model: TransformerLM) -> GPTNeoXForCausalLM:
         eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,
     )
-    theirs = GPTNeoXForCausalLM(config).to(dtype=model.dtype, device=model.device)
+    theirs = GPTNeoXForCausalLM(config).to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
     ours = model.state_dict()
     state = {their: _to(ours[name], name, first["num_heads"]) for name, their in _names(model)}
     theirs.load_state_dict(state)

@@ -1,8 +1,8 @@
 """Position encodings, chosen by config: rotary (`rope`), linear bias (`alibi`), or none (`none`, NoPE).
 
-A position encoding acts at two places of attention: `rotate` turns queries and keys before they meet, `slopes` gives the
-bias subtracted from their scores. Tables are computed in forward: a non-persistent buffer would come back uninitialised
-from `from_pretrained`.
+A position encoding acts at two places of attention: `rotate` turns queries and keys before they meet, `slopes` gives
+the bias subtracted from their scores. Tables are computed in forward: a non-persistent buffer would come back
+uninitialised from `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,13 @@ class RotaryPosition(NoPosition):
     fraction: float = 0.25
     base: float = 10000.0
 
+    def rotary_dim(self, head_size: int) -> int:
+        """Rotated dimensions of each head: even, as they turn in pairs."""
+        return max(2, int(head_size * self.fraction) // 2 * 2)
+
     def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotates q (B, H, T, d) and k (B, Hk, T, d) by their positions (B, T), in float32 at least."""
-        rotary_dim = int(q.shape[-1] * self.fraction)
+        rotary_dim = self.rotary_dim(q.shape[-1])
         dtype = torch.promote_types(q.dtype, torch.float32)
         steps = torch.arange(0, rotary_dim, 2, dtype=dtype, device=q.device)
         angles = positions[:, None, :, None].to(dtype) * (1.0 / self.base ** (steps / rotary_dim))  # (B, 1, T, dim/2)
@@ -78,7 +82,7 @@ class AlibiPosition(NoPosition):
 Position = NoPosition
 POSITIONS: dict[str, type[NoPosition]] = {"none": NoPosition, "rope": RotaryPosition, "alibi": AlibiPosition}
 # In specs the scheme is called `slopes`; the dataclass keeps that name for its method.
-_FIELDS = {
+_FIELDS: dict[str, dict[str, str]] = {
     "none": {},
     "rope": {"fraction": "fraction", "base": "base"},
     "alibi": {"slopes": "slopes_scheme", "slope": "slope"},
@@ -90,13 +94,13 @@ def create_position(spec: str | dict[str, Any]) -> Position:
 
     Raises UserError for an unknown type, option or value, naming the nearest valid one.
     """
-    options = {"type": spec} if isinstance(spec, str) else dict(spec)
+    options: dict[str, Any] = {"type": spec} if isinstance(spec, str) else dict(spec)
     kind = str(options.pop("type", "none"))
     if kind not in POSITIONS:
         raise nearest(kind, list(POSITIONS), "position encoding")
     for name in options:
         if name not in _FIELDS[kind]:
-            raise nearest(name, list(_FIELDS[kind]) or ["type"], f"option of position '{kind}'")
+            raise nearest(name, list(_FIELDS[kind]) or ["type"], "option", f"of position '{kind}'")
     scheme = options.get("slopes", "uniform")
     if scheme not in ("uniform", "geometric"):
         raise nearest(str(scheme), ["uniform", "geometric"], "ALiBi slope scheme")

@@ -38,8 +38,8 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
             config = LMConfig(hidden_size=hidden_size, layer_specs=[layer.spec for layer in layers], **options)
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(layers or [create_layer(spec) for spec in config.layer_specs])
-        config.layer_specs = [layer.spec for layer in self.layers]  # complete, defaults included
+        self.layers = nn.ModuleList(layers if layers is not None else map(create_layer, config.layer_specs))
+        config.layer_specs = [layer.spec for layer in self.layers]  # type: ignore[misc]  # complete, defaults included
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -53,17 +53,17 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         return self.embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed = value
+        self.embed = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.head = new_embeddings
+        self.head = new_embeddings  # type: ignore[assignment]
 
     def make_cache(self) -> LMCache:
         """An empty cache: one state for each layer."""
-        return LMCache(layer.make_state() for layer in self.layers)
+        return LMCache(layer.make_state() for layer in self.layers)  # type: ignore[operator]
 
     def hidden_states(
         self,
@@ -111,9 +111,11 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
                 real tokens. Padding may stand left or right.
             position_ids: (B, T) or (1, T); default: counted from each row's first real token.
             past_key_values: the model's cache, or any empty Hugging Face cache, which then takes this model's states.
-            labels: (B, T), not shifted (Hugging Face's convention): token t + 1 is predicted from tokens ≤ t; −100 is ignored.
+            labels: (B, T), not shifted (Hugging Face's convention): token t + 1 is predicted from tokens ≤ t; −100 is
+                ignored.
             logits_to_keep: compute logits of the last so many positions only; 0 for all.
-            num_items_in_batch: number of targets the loss is divided by (gradient accumulation); default: all in this batch.
+            num_items_in_batch: number of targets the loss is divided by (gradient accumulation); default: all in this
+                batch.
             return_dict: False gives a tuple instead of the output object.
 
         Returns:
@@ -123,7 +125,7 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None and use_cache and not (self.training and labels is not None):
             past_key_values = self.make_cache()
         if past_key_values is not None:
-            past_key_values = adopt(past_key_values, [layer.make_state() for layer in self.layers])
+            past_key_values = adopt(past_key_values, self.make_cache().layers)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         loss = logits = None
         if labels is not None:

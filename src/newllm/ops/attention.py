@@ -8,7 +8,7 @@ from torch import Tensor
 
 # Queries of one block of the parallel form. Bounds the additive mask to (H, BLOCK, S) and skips keys no query can see.
 BLOCK = 512
-# Up to this many queries, scores are two matrix products: scaled_dot_product_attention is slow for few queries on a CPU.
+# Up to this many queries, two matrix products: scaled_dot_product_attention is slow for few queries on a CPU.
 DIRECT_QUERIES = 8
 
 

@@ -33,8 +33,8 @@ def register_layer(name: str) -> Callable[[L], L]:
 class Layer(nn.Module):
     """One residual layer: token mixer and MLP, (B, T, D) to (B, T, D).
 
-    A subclass's __init__ takes (hidden_size, num_heads, intermediate_size, **options), every option JSON-able; its arguments
-    are remembered as the layer's spec, from which the model's config is derived.
+    A subclass's __init__ takes (hidden_size, num_heads, intermediate_size, **options), every option JSON-able; its
+    arguments are remembered as the layer's spec, from which the model's config is derived.
     """
 
     type_name: ClassVar[str] = ""
@@ -98,7 +98,7 @@ def create_layer(spec: dict[str, Any]) -> Layer:
     cls = layer_type(options.pop("type"))
     for name in options:
         if name not in SHAPE and name not in cls.option_names():
-            raise nearest(name, cls.option_names(), f"option of layer type '{cls.type_name}'")
+            raise nearest(name, cls.option_names(), "option", f"of layer type '{cls.type_name}'")
     return cls(**options)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from newllm.models.cache import KeyValueState
 from newllm.models.layers.base import MLP, Layer, register_layer
-from newllm.models.positions import create_position, position_spec
+from newllm.models.positions import RotaryPosition, create_position, position_spec
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
 from newllm.settings import UserError
@@ -43,9 +43,7 @@ class PythiaLayer(Layer):
         if hidden_size % num_heads:
             raise UserError(f"hidden_size {hidden_size} does not divide into num_heads {num_heads}")
         if num_heads % num_kv_heads:
-            raise UserError(
-                f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}: use one of its divisors"
-            )
+            raise UserError(f"num_kv_heads {num_kv_heads} is no divisor of num_heads {num_heads}")
         if window is not None and window < 1:
             raise UserError(f"window is {window}: at least 1, the token itself")
         self.position = create_position(position)
@@ -81,10 +79,9 @@ class PythiaLayer(Layer):
 
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self._project(x)
-        spec = position_spec(self.position)
-        if spec["type"] == "rope":
-            rotary_dim = int(self.head_size * spec["fraction"])
-            q, k = (reference.rope(part, positions, rotary_dim, spec["base"]) for part in (q, k))
+        if isinstance(self.position, RotaryPosition):
+            rotary_dim, base = self.position.rotary_dim(self.head_size), self.position.base
+            q, k = reference.rope(q, positions, rotary_dim, base), reference.rope(k, positions, rotary_dim, base)
         slopes = self.position.slopes(self.num_heads, x.device)
         return self._finish(x, reference.attention(q, k, v, slopes=slopes, window=self.window, mask=mask))
 
