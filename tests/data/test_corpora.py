@@ -100,6 +100,8 @@ BAD_INPUT = {
     "missing path": ("no/such/file.txt", None, "no such file or folder"),
     "misspelt name": ("shakespear", None, "did you mean 'shakespeare'"),
     "unknown name": ("xyzzy", None, "valid: .*pile"),
+    "empty name": ("", None, "names nothing"),
+    "empty name on the hub": ("hf:", None, "names nothing"),
     "unknown kind": ("x.pdf", b"%PDF", r"supported: \.txt"),
     "not utf-8": ("x.txt", "é".encode("latin-1"), "not UTF-8 text"),
     "jsonl not utf-8": ("x.jsonl", b'{"text": "\xe9"}', "line 1: not UTF-8"),

@@ -140,6 +140,28 @@ def test_too_short_for_a_window_says_what_would_fit(corpus, tmp_path):
         prepare(settings(corpus, tmp_path, seq_length=shortest + 1))
 
 
+@pytest.mark.parametrize(
+    ("data", "content", "values"),
+    [
+        ("x.txt", b"one", {}),
+        ("shakespeare", None, {"max_documents": 4}),
+        ("x.txt", b"word " * 90, {"validation_share": 0}),
+    ],
+)
+def test_empty_split(tmp_path, data, content, values):
+    if content is not None:
+        (tmp_path / data).write_bytes(content)
+    with pytest.raises(UserError, match=r"no text is left for the (validation|test|train) split"):
+        prepare(settings(data if content is None else tmp_path / data, tmp_path, **values))
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_empty_corpus(tmp_path, content):
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(UserError, match="no text in it"):
+        prepare(settings(tmp_path / "x.txt", tmp_path))
+
+
 def test_cache_folder_that_is_a_file(corpus, tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match=r"cannot write the prepared data to .*cache.*--cache-dir"):

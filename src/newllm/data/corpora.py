@@ -53,6 +53,8 @@ def open_corpus(settings: DataSettings) -> Corpus:
     data, text_field, limit = settings.data, settings.text_field, settings.max_documents
     if limit is not None and limit < 1:
         raise UserError(f"--max-documents is {limit}: it must be at least 1")
+    if data in ("", "hf:"):
+        raise UserError(f"--data '{data}' names nothing; valid: shakespeare, pile, hf:NAME, PATH")
     if data == "shakespeare":
         corpus = _shakespeare()
     elif data == "pile":

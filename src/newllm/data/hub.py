@@ -53,6 +53,7 @@ def stream_rows(source: str) -> Iterator[dict[str, Any]]:
     """
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log beside the one line of our error
     name, config = source, None
     if local_folder(source) is None:
         name, _, config = source.partition(":")

@@ -7,6 +7,7 @@ nor a second process at the same time can leave half of one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -111,12 +112,19 @@ def _make(
     say: Callable[[str], None],
 ) -> None:
     """Writes the tokenizer, the token files and what is known of them into a new folder."""
-    # A wrong tokenizer should be known before the corpus is read.
-    tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name != "bpe" else None
     folder.mkdir()
     say(f"reading {corpus.name}")
-    spool = Spool(folder.parent / "texts", corpus.documents())
+    documents = corpus.documents()
+    first = list(itertools.islice(documents, 1))
+    # A corpus out of reach is known by now; a wrong tokenizer should be, before all of the corpus is read.
+    tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name != "bpe" else None
+    spool = Spool(folder.parent / "texts", itertools.chain(first, documents))
     splits, how = split_documents(spool, corpus, settings.validation_share, settings.test_share)
+    for split, extents in splits.items():
+        if not extents:
+            raise UserError(
+                f"{corpus.name}: no text is left for the {split} split; more or longer documents are needed"
+            )
 
     def texts(split: str):
         return (document.text for document in spool.read(splits[split]))

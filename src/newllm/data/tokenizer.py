@@ -19,7 +19,7 @@ PADDING = "<|padding|>"
 SMALLEST_VOCAB = 256 + 2
 """Every byte, EOS and padding."""
 PIECE_CHARACTERS = 1 << 15
-BATCH_CHARACTERS = 1 << 22
+BATCH_CHARACTERS = 1 << 20
 
 
 def check_vocab_size(vocab_size: int) -> None:

@@ -25,7 +25,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     def __init__(self, tokens: TokenFile, seq_length: int, samples: int | None = None, seed: int = 0):
         """`samples` takes that many windows at random (by `seed`), each at most once; None takes all."""
         count = len(tokens) // seq_length
-        self.ids, self.seq_length = tokens.ids, seq_length
+        self.ids, self.seq_length = np.asarray(tokens.ids), seq_length  # a plain view: half the time for each item
         self.windows = np.arange(count)
         if samples is not None and samples < count:
             self.windows = np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
