@@ -38,6 +38,8 @@ class Layer(nn.Module):
     """
 
     type_name: ClassVar[str] = ""
+    # Sets of options under which the contract is checked, beside the defaults.
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     _arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Layer:

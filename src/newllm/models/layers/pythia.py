@@ -28,6 +28,14 @@ class PythiaLayer(Layer):
         window: tokens a query sees, itself included (sliding-window attention, arXiv 1904.10509); None for all.
     """
 
+    variants = (
+        {"num_kv_heads": 2, "window": 5},
+        {"num_kv_heads": 1, "position": "alibi"},
+        {"position": {"type": "alibi", "slopes": "geometric"}, "window": 1},
+        {"position": {"type": "rope", "fraction": 1.0}, "window": 7},
+        {"position": "none"},
+    )
+
     def __init__(
         self,
         hidden_size: int,

@@ -1,0 +1,31 @@
+"""A token mixer of your own: every channel keeps a fading sum of what it has read."""
+
+import torch
+from torch import nn
+
+from newllm.models.cache import RecurrentState
+from newllm.models.layers import MLP, Layer, register_layer
+
+
+@register_layer("my_layer")
+class FadingSum(Layer):
+    def __init__(self, hidden_size, num_heads, intermediate_size, fade=0.9):
+        super().__init__()
+        self.fade, self.norm = fade, nn.LayerNorm(hidden_size)
+        self.value, self.gate = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = MLP(hidden_size, intermediate_size)
+
+    def forward(self, x, *, positions, mask, state):
+        T, h = x.shape[1], self.norm(x)
+        v = self.value(h) if mask is None else self.value(h) * mask[:, -T:, None]
+        t = torch.arange(T, device=x.device)
+        total = (self.fade ** (t[:, None] - t).clamp(min=0)).tril().to(v.dtype) @ v  # (B, T, D)
+        if state is not None:
+            before = state.read("total")
+            if before is not None:
+                total = total + (self.fade ** (t + 1)).to(v.dtype)[:, None] * before[:, None]
+            state.write(T, total=total[:, -1])
+        return x + torch.sigmoid(self.gate(h)) * total + self.mlp(h)
+
+    def make_state(self):
+        return RecurrentState()

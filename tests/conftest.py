@@ -1,0 +1,19 @@
+"""Shared by all tests: quiet, deterministic, on as many threads as pytest-xdist leaves each worker."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+torch.set_num_threads(1)
+# Shared machines stall: a slow example is no failing one.
+settings.register_profile("newllm", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("newllm")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

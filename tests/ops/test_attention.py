@@ -1,0 +1,58 @@
+"""Fast attention against its naive twin."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from newllm.ops import attention, reference
+
+
+@st.composite
+def cases(draw):
+    heads = draw(st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]))
+    T = draw(st.integers(1, 14))
+    S = T + draw(st.integers(0, 9))
+    slopes = draw(st.sampled_from([None, "uniform", "geometric"]))
+    window = draw(st.one_of(st.none(), st.integers(1, 20)))
+    return heads, T, S, slopes, window, draw(st.booleans())
+
+
+@given(case=cases(), block=st.sampled_from([1, 3, 4, 512]), direct=st.sampled_from([0, 2, 8]))
+def test_equals_its_naive_twin(case, block, direct):
+    (H, Hk), T, S, scheme, window, padded = case
+    slopes = {None: None, "uniform": torch.tensor([0.3]), "geometric": torch.exp2(-torch.arange(1.0, H + 1))}[scheme]
+    q = torch.randn(2, H, T, 8, dtype=torch.float64)
+    k, v = torch.randn(2, Hk, S, 8, dtype=torch.float64), torch.randn(2, Hk, S, 5, dtype=torch.float64)
+    mask = torch.arange(S).expand(2, S) >= torch.tensor([[0], [min(2, S - 1)]]) if padded else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK", block)
+        patch.setattr(attention, "DIRECT_QUERIES", direct)
+        fast = attention.causal_attention(q, k, v, slopes=slopes, window=window, mask=mask)
+    slow = reference.attention(q, k, v, slopes=slopes, window=window, mask=mask)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+
+
+def test_alibi_bias_stays_exact_in_bf16():
+    """At distance 1000 the bias is −62.5 nats; rounded to bf16 (8 bits) it could only be a multiple of 0.25."""
+    q = torch.zeros(1, 1, 12, 8, dtype=torch.bfloat16)
+    bias = attention.additive_mask(12, 1012, torch.tensor([0.0625]), None, None, q)
+    assert bias.dtype == torch.float32
+    assert bias[0, 0, -1, 10] == -0.0625 * 1001
+
+
+def test_autocast_does_not_round_the_bias():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 40, 16, dtype=torch.bfloat16) for _ in range(3))
+    slopes = torch.tensor([0.0625])
+    plain = attention.causal_attention(q, k, v, slopes=slopes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = attention.causal_attention(q, k, v, slopes=slopes)
+    assert torch.equal(plain, under_autocast)
+
+
+def test_rows_of_padding_stay_finite():
+    q, k, v = (torch.randn(1, 1, 20, 4) for _ in range(3))
+    mask = torch.arange(20).expand(1, 20) >= 10
+    for T in (20, 3):
+        assert attention.causal_attention(q[:, :, :T], k[:, :, :T], v[:, :, :T], mask=mask[:, :T]).isfinite().all()

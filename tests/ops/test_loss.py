@@ -1,0 +1,45 @@
+"""Fused linear + cross-entropy against its naive twin, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from newllm.ops import loss, reference
+
+
+@given(rows=st.integers(1, 40), chunk=st.sampled_from([1, 7, 512]), ignored=st.integers(0, 5))
+def test_equals_its_naive_twin_in_value_and_gradient(rows, chunk, ignored):
+    hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (rows,))
+    kept = torch.arange(rows) >= min(ignored, rows - 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "ROWS", chunk)
+        labels = targets.where(kept, torch.tensor(loss.IGNORED))
+        fused = loss.linear_cross_entropy(hidden, weight, labels, "sum")
+        each = loss.linear_cross_entropy(hidden, weight, labels, "none")
+    slow = reference.linear_cross_entropy(hidden, weight, targets) * kept
+    torch.testing.assert_close(fused, slow.sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(each, slow, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(fused * 0.7, (hidden, weight)),
+        torch.autograd.grad(slow.sum() * 0.7, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_bf16_autocast_is_as_close_as_full_logits():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 64), torch.randn(500, 64, requires_grad=True)
+    targets = torch.randint(500, (300,))
+    exact = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = loss.linear_cross_entropy(hidden, weight, targets)
+    assert fused.dtype == torch.float32
+    assert abs(fused - exact) / exact < 2e-3
+    (ours,), (theirs,) = torch.autograd.grad(fused, weight), torch.autograd.grad(exact, weight)
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).norm() / theirs.norm() < 1e-2
