@@ -199,7 +199,11 @@ def _check_length(data: PreparedData, settings: DataSettings) -> None:
     shortest = min(counts.values())
     if settings.seq_length is not None and shortest < settings.seq_length:
         found = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-        valid = f"choose --seq-length {shortest} or less, or more text" if shortest > 1 else "more text is needed"
+        valid = (
+            f"choose --seq-length {shortest} or less, larger shares, or more text"
+            if shortest > 1
+            else "more text is needed"
+        )
         raise UserError(
             f"{settings.data}: too little text for windows of {settings.seq_length} tokens (tokens: {found}); {valid}"
         )
