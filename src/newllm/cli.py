@@ -1,0 +1,270 @@
+"""The command line: one function for each command. torch is imported only by the command that needs it.
+
+Exit codes: 0 done, 1 a check failed or something unforeseen, 2 wrong input (one line: what, and what would be valid),
+130 interrupted (state saved).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from newllm import __version__
+from newllm.settings import UserError, nearest
+
+if TYPE_CHECKING:
+    from newllm.commands.flags import Parser
+
+OVERVIEW = """\
+newllm compares language models that remember differently: same text, same budget, one report.
+
+usage: newllm COMMAND [--help] …
+
+{commands}
+
+examples:
+  newllm compare                                  four models on Shakespeare's plays, about five minutes, one report
+  newllm compare --models pythia gqa --data my.txt --max-tokens 2000000
+  newllm compare --plugin my_layer.py --models pythia my_layer
+  newllm train --model gqa --out runs/gqa && newllm generate runs/gqa --prompt "To be"
+
+Every command explains itself: newllm compare --help
+"""
+
+
+def compare(argv: list[str]) -> int:
+    """Train several models under the same budget and write one report."""
+    parser = _parser(
+        "compare",
+        compare,
+        "newllm compare --models pythia pythia_alibi gqa mqa",
+        "newllm compare --models pythia gqa:num_kv_heads=1,window=128 --scale small --seeds 0 1 2 --out runs/windows",
+        "newllm compare --data my_texts/ --max-tokens 2000000 --lr 5e-4",
+        "newllm compare --plugin my_layer.py --models pythia my_layer",
+        "newllm compare --scale small --print_config > my.yaml && newllm compare --config my.yaml",
+    )
+    from newllm.settings import ExperimentSettings, resolve
+
+    parser.add_settings(ExperimentSettings)
+    arguments = parser.parse(argv)
+    settings = resolve(parser.settings(arguments))
+    if arguments.print_config:
+        return _print_config(settings)
+    from newllm.experiments.runner import compare as run
+
+    print(f"report: {run(settings)}")
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    """Train one model; started again, it continues where it was."""
+    parser = _parser(
+        "train",
+        train,
+        "newllm train --model gqa --out runs/gqa",
+        "newllm train --model pythia:position=none --scale small --seed 1",
+        "newllm train --model mqa --data my.txt --tokenizer EleutherAI/pythia-70m --epochs 3",
+    )
+    from newllm.settings import RunSettings, resolve
+
+    parser.add_settings(RunSettings)
+    parser.add_argument("--out", metavar="DIR", help="Run folder (default: runs/MODEL-SCALE-SEED).")
+    arguments = parser.parse(argv)
+    settings = resolve(parser.settings(arguments))
+    if arguments.print_config:
+        return _print_config(settings)
+    from newllm.commands.train import train as run
+
+    run(settings, arguments.out)
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure a trained model again: perplexity on its own text or another, speed and memory."""
+    parser = _parser(
+        "evaluate",
+        evaluate,
+        "newllm evaluate runs/gqa",
+        "newllm evaluate runs/gqa --tasks perplexity efficiency",
+        "newllm evaluate runs/gqa --data other.txt --test-share 0.9 --sliding-window 1024 --sliding-stride 128",
+        usage="FOLDER",
+    )
+    from newllm.commands import evaluate as command
+    from newllm.settings import DataSettings, EvaluationSettings, RunSettings
+
+    parser.add_argument("folder", metavar="FOLDER", help="Run folder, or a folder with config.json and weights.")
+    parser.add_argument("--tasks", nargs="+", default=["perplexity"], metavar="TASK", help=" ".join(command.TASKS))
+    parser.add_settings(RunSettings, (DataSettings, EvaluationSettings, "plugin", "device", "precision", "threads"))
+    arguments = parser.parse(argv)
+    base = command.settings_of(Path(arguments.folder), arguments.tasks)
+    settings = parser.settings(parser.parse(argv, vars(base)), base)
+    if arguments.print_config:
+        return _print_config(settings)
+    command.print_results(command.evaluate(Path(arguments.folder), arguments.tasks, settings))
+    return 0
+
+
+def generate(argv: list[str]) -> int:
+    """Continue a text with a trained model, or with any preset untrained, as it comes."""
+    parser = _parser(
+        "generate",
+        generate,
+        'newllm generate runs/gqa --prompt "To be, or not" --max-new-tokens 300',
+        "newllm generate runs/gqa                        a conversation; an empty line ends it",
+        "newllm generate runs/gqa --temperature 0 < beginning.txt",
+        usage="MODEL",
+    )
+    from newllm.commands import generate as command
+    from newllm.settings import DataSettings, ShapeSettings
+
+    parser.add_argument(
+        "model", metavar="MODEL", help="Run folder, model folder, or a preset (shape and data are for these)."
+    )
+    chosen = (command.GenerateSettings, DataSettings, ShapeSettings, "seed", "scale", "plugin", "device", "threads")
+    parser.add_settings(command.GenerateSettings, chosen)
+    arguments = parser.parse(argv)
+    settings = parser.settings(arguments, command.GenerateSettings(model=arguments.model))
+    if arguments.print_config:
+        return _print_config(settings)
+    command.generate(settings)
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """Write report.html and report.md again from results.json."""
+    parser = _parser("report", report, "newllm report runs/compare-quickstart", usage="FOLDER")
+    parser.add_argument("folder", metavar="FOLDER", help="Folder of a comparison.")
+    arguments = parser.parse(argv)
+    from newllm.experiments.report import write_report
+
+    print(f"report: {write_report(Path(arguments.folder))}")
+    return 0
+
+
+def check(argv: list[str]) -> int:
+    """Check that a model, or your own layer, keeps the contract: causal, rows apart, cache = forward, …"""
+    parser = _parser(
+        "check",
+        check,
+        "newllm check runs/gqa",
+        "newllm check --plugin my_layer.py",
+        "newllm check --models pythia gqa:window=16",
+        usage="[MODEL]",
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="Run folder or model folder.")
+    parser.add_argument("--plugin", metavar="FILE", help="Python file with your own layers; all of them are checked.")
+    parser.add_argument(
+        "--models", nargs="+", default=[], metavar="MODEL", help="Presets or layer types to check instead."
+    )
+    arguments = parser.parse(argv)
+    from newllm.commands.check import check as run
+
+    return 0 if run(arguments.model, arguments.plugin, arguments.models) else 1
+
+
+def data_prepare(argv: list[str]) -> int:
+    """Read a corpus, train or load its tokenizer, and store the token files that later runs use."""
+    return _data("prepare", data_prepare, argv, sample=False)
+
+
+def data_show(argv: list[str]) -> int:
+    """Show what a corpus consists of, how it is split and tokenised, and how its text begins."""
+    return _data("show", data_show, argv, sample=True)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "compare": compare,
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "report": report,
+    "check": check,
+    "data prepare": data_prepare,
+    "data show": data_show,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        print(f"newllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nnewllm: interrupted; the same command continues where it was", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `newllm generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    first = argv[0] if argv else "--help"
+    if first in ("-h", "--help"):
+        print(OVERVIEW.format(commands=_command_list("")), end="")
+        return 0
+    if first == "--version":
+        print(f"newllm {__version__}")
+        return 0
+    if first in COMMANDS:
+        return COMMANDS[first](argv[1:])
+    group = {name.split()[1]: name for name in COMMANDS if name.startswith(f"{first} ")}
+    if not group:
+        names = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+        raise nearest(first, ["--help", "--version"] if first.startswith("-") else names, "command")
+    second = argv[1] if len(argv) > 1 else "--help"
+    if second in ("-h", "--help"):
+        print(f"usage: newllm {first} COMMAND [--help] …\n\n{_command_list(first + ' ')}")
+        return 0
+    if second not in group:
+        raise nearest(second, list(group), f"{first} command")
+    return COMMANDS[group[second]](argv[2:])
+
+
+def _command_list(prefix: str) -> str:
+    chosen = {name: command for name, command in COMMANDS.items() if name.startswith(prefix)}
+    return "\n".join(f"  {name:14} {command.__doc__}" for name, command in chosen.items())
+
+
+def _parser(name: str, command: Callable[[list[str]], int], *examples: str, usage: str = "") -> Parser:
+    from newllm.commands.flags import Parser
+
+    usage = f"{usage} [--FLAG VALUE …]".strip()
+    return Parser(name, command.__doc__ or "", "\n".join(f"  {example}" for example in examples), usage)
+
+
+def _print_config(settings) -> int:
+    from newllm.commands.flags import print_config
+
+    print_config(settings)
+    return 0
+
+
+def _data(name: str, command: Callable[[list[str]], int], argv: list[str], sample: bool) -> int:
+    parser = _parser(
+        f"data {name}", command, f"newllm data {name}", f"newllm data {name} --data my.jsonl --text-field body"
+    )
+    from newllm.settings import DataSettings, RunSettings, resolve
+
+    parser.add_settings(RunSettings, (DataSettings, "scale"))
+    arguments = parser.parse(argv)
+    settings = resolve(parser.settings(arguments))
+    if arguments.print_config:
+        return _print_config(settings)
+    from newllm.data import describe, prepare, sample_text
+
+    data = prepare(settings, print)
+    for label, text in describe(data):
+        print(f"{label:22} {text}")
+    if sample:
+        print(f"\nThe training text begins:\n\n{sample_text(data, 'train')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Command line flags and YAML keys, made from the settings dataclasses; jsonargparse checks their types.
+
+Values are taken from flags, then from the config file, then from the defaults of the dataclass. Every complaint is a
+UserError of one line that names what was given and what would be valid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import jsonargparse
+import yaml
+
+from newllm.settings import (
+    CONFIGS_FOLDER,
+    SCALES_FOLDER,
+    CommonSettings,
+    ExperimentSettings,
+    RunSettings,
+    UserError,
+    load_scale,
+    nearest,
+    scale_names,
+)
+
+METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+IN_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """The parser of one command: settings as flags, an optional config file, one-line errors."""
+
+    def __init__(self, command: str, about: str = "", examples: str = "", usage: str = "[--FLAG VALUE …]") -> None:
+        super().__init__(
+            prog=f"newllm {command}",
+            usage=f"newllm {command} {usage}",
+            description=about,
+            epilog=f"presets: {', '.join(preset_files())}\n\nexamples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            exit_on_error=False,
+            print_config=None,
+            allow_abbrev=False,
+        )
+        self.settings_class: type[CommonSettings] | None = None
+        self.names: list[str] = []
+
+    def add_settings(self, cls: type[CommonSettings], only: tuple[type | str, ...] = ()) -> None:
+        """A flag for every field of the dataclass, or for the fields of some of its bases and for single fields.
+
+        Flags are grouped by the base that declares them, the class's own group first.
+        """
+        self.settings_class = cls
+        hints, docs = get_type_hints(cls), field_docs(cls)
+        scaled = {key for name in scale_names() for key in load_scale(name)}
+        for base, title in groups(cls).items():
+            chosen = [f for f in own_fields(base) if not only or base in only or f.name in only]
+            if not chosen:
+                continue
+            group = self.add_argument_group(title, (inspect.getdoc(base) or "").split("\n")[0])
+            for f in chosen:
+                hint, default = hints[f.name], default_of(f)
+                several = get_origin(hint) is list
+                group.add_argument(
+                    flag(f.name),
+                    type=get_args(hint)[0] if several else hint,
+                    nargs="*" if several else None,
+                    default=default,
+                    metavar=metavar(hint),
+                    help=f"{docs[f.name]} {default_in_words(default, f.name in scaled)}".replace("%", "%%").rstrip(),
+                )
+                self.names.append(f.name)
+        group = self.add_argument_group("config")
+        group.add_argument("--config", metavar="NAME|FILE", help=config_help())
+        group.add_argument(
+            "--print_config", action="store_true", help="Print all settings as YAML for --config, and stop."
+        )
+
+    def parse(self, argv: list[str], values: dict[str, Any] | None = None) -> jsonargparse.Namespace:
+        """The flags, over the config file's values, over the given values, over the defaults."""
+        namespace = self.parse_args(argv)
+        values = dict(values or {})
+        if self.settings_class is not None and namespace.config is not None:
+            values |= read_config(namespace.config, self.settings_class)
+        if values:
+            self.set_defaults({key: value for key, value in values.items() if key in self.names})
+            namespace = self.parse_args(argv)
+        return namespace
+
+    def settings(self, namespace: jsonargparse.Namespace, base: CommonSettings | None = None) -> Any:
+        """The settings object of a parsed command line; fields without a flag are taken from `base`."""
+        assert self.settings_class is not None
+        given = {} if base is None else {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+        return self.settings_class(**(given | {name: namespace[name] for name in self.names}))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise self.user_error(message) from None
+
+    def user_error(self, message: str, where: str = "") -> UserError:
+        """One line for a complaint of argparse or jsonargparse; `where` is the config file it is about."""
+        message = message.strip()
+        if match := re.match(r"(?i)unrecognized arguments: (.*)", message):
+            unknown = next((word for word in match[1].split() if word.startswith("-")), None)
+            if unknown is None:
+                return UserError(f"unexpected argument '{match[1].split()[0]}' for {self.prog}: see {self.prog} --help")
+            flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            return nearest(unknown.split("=")[0], flags, "option")
+        if match := re.match(r'Parser key "(\w+)"', message):
+            key = match[1]
+            value = re.search(r"(?:Given|Got) value: (.*)", message.splitlines()[-1])
+            given = value[1] if value else "?"
+            assert self.settings_class is not None
+            hint = get_type_hints(self.settings_class)[key]
+            name = f"{where}{key}" if where else flag(key)
+            if choices := literal(hint):
+                return nearest(given, choices, name)
+            return UserError(f"{name} is {given!r}: it must be {in_words(hint)}")
+        return UserError(f"{where}{message.splitlines()[0]} (see {self.prog} --help)")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def groups(cls: type[CommonSettings]) -> dict[type, str]:
+    """The dataclasses a settings class is made of, with the title of their flags; general ones first."""
+    bases = [base for base in dataclass_bases(cls) if own_fields(base)]
+    titles = {ExperimentSettings: "experiment", RunSettings: "run", CommonSettings: "general"}
+    return {base: titles.get(base) or base.__name__.removesuffix("Settings").lower() for base in bases}
+
+
+def dataclass_bases(cls: type) -> list[type]:
+    """The class and those of its bases that are dataclasses, in method resolution order."""
+    return [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+
+
+def own_fields(cls: type) -> list[dataclasses.Field]:
+    """The fields a dataclass declares itself."""
+    own = inspect.get_annotations(cls)
+    return [f for f in dataclasses.fields(cls) if f.name in own]
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring below each field, of the class and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(dataclass_bases(cls)):
+        tree = _syntax_tree(Path(inspect.getfile(base)))
+        body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.__name__).body
+        for node, following in itertools.pairwise(body):
+            match node, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[name] = " ".join(doc.split())
+    return docs
+
+
+@functools.cache
+def _syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def literal(hint: Any) -> list[str]:
+    """The choices of a Literal or of a list of a Literal; [] for any other type."""
+    item = get_args(hint)[0] if get_origin(hint) is list else hint
+    return list(get_args(item)) if get_origin(item) is Literal else []
+
+
+def scalar(hint: Any) -> type:
+    """int of `int`, `int | None` and `list[int]`."""
+    return hint if isinstance(hint, type) and not get_args(hint) else get_args(hint)[0]
+
+
+def metavar(hint: Any) -> str:
+    return "|".join(literal(hint)) or METAVARS[scalar(hint)]
+
+
+def in_words(hint: Any) -> str:
+    return IN_WORDS[scalar(hint)]
+
+
+def default_in_words(default: Any, scaled: bool) -> str:
+    if default is None:
+        return "(default: by --scale)" if scaled else ""
+    if isinstance(default, list):
+        return f"(default: {' '.join(map(str, default))})" if default else ""
+    return f"(default: {str(default).lower() if isinstance(default, bool) else default})"
+
+
+def config_names() -> list[str]:
+    return sorted(path.stem for path in CONFIGS_FOLDER.glob("*.yaml"))
+
+
+def config_help() -> str:
+    names = ", ".join(config_names())
+    return "YAML file with any of these settings (underscores for dashes)" + (
+        f", or one of: {names}." if names else "."
+    )
+
+
+def read_config(name: str, cls: type[CommonSettings]) -> dict[str, Any]:
+    """The checked values of a config file, given by path or by its name in experiments/configs."""
+    path = CONFIGS_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name).expanduser()
+    if not path.is_file():
+        if path.suffix or path.name != name:
+            raise UserError(f"--config {name}: no such file")
+        raise nearest(name, config_names(), "config", "(or give the path of a YAML file)")
+    return check_config(read_yaml(path), cls, f"{path}: ")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a YAML mapping of settings is needed, such as max_tokens: 500000")
+    return values
+
+
+def check_config(values: dict[str, Any], cls: type[CommonSettings], where: str) -> dict[str, Any]:
+    """The values with their types checked and converted (YAML reads 1e-4 as text)."""
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{where}{nearest(str(key), list(hints), 'setting')}")
+        if get_origin(hints[key]) is list and not isinstance(value, list):
+            raise UserError(f"{where}{key} is {value!r}: it must be a list, such as [{value}]")
+    parser = Parser("")
+    parser.add_settings(cls)
+    try:
+        checked = parser.parse_object(values, defaults=False)
+    except (argparse.ArgumentError, UserError) as error:
+        raise parser.user_error(str(error), where) from None
+    return {key: checked[key] for key in values}
+
+
+def print_config(settings: CommonSettings) -> None:
+    """The settings as YAML, each under its description."""
+    docs = field_docs(type(settings))
+    for name, value in dataclasses.asdict(settings).items():
+        text = yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=None, width=10**6)
+        sys.stdout.write(f"# {docs[name]}\n{text}")
+
+
+def preset_files() -> list[str]:
+    """Names of the presets in the package, found without importing torch."""
+    return sorted(path.stem for path in (SCALES_FOLDER.parent / "models" / "presets").glob("*.yaml"))

@@ -1,0 +1,61 @@
+"""Models by folder or by name, as the commands take them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from newllm.commands.flags import read_yaml
+from newllm.settings import RunSettings, UserError, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from newllm.models import TransformerLM
+
+
+def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a folder; or an untrained model by name, which is said on standard error."""
+    import transformers
+
+    from newllm.data import prepare
+    from newllm.data.hub import load_tokenizer
+    from newllm.models import check_model_spec, load_model, load_plugin
+    from newllm.training import new_model, resolve_device, set_threads
+
+    device = resolve_device(settings)
+    set_threads(settings)
+    folder = Path(settings.model)
+    if folder.is_dir():
+        plugin = settings.plugin or run_config(folder).get("plugin")
+        if plugin is not None:
+            load_plugin(plugin)
+        model = load_model(folder)
+        tokenizer = load_tokenizer(str(model_folder(folder)))
+    else:
+        if folder.name != settings.model:
+            raise UserError(f"{folder}: no such folder")
+        if settings.plugin is not None:
+            load_plugin(settings.plugin)
+        check_model_spec(settings.model)
+        settings = resolve(settings)
+        data = prepare(settings)
+        transformers.set_seed(settings.seed)
+        model, tokenizer = new_model(settings, data), data.tokenizer
+        print(
+            f"newllm: note: '{settings.model}' is untrained, so this text is noise; `newllm train` trains one",
+            file=sys.stderr,
+        )
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def model_folder(folder: Path) -> Path:
+    """model/ of a run folder; any other folder itself."""
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def run_config(folder: Path | str) -> dict[str, Any]:
+    """config.yaml of a run folder; {} for a model folder."""
+    path = Path(folder) / "config.yaml"
+    return read_yaml(path) if path.is_file() else {}
