@@ -98,7 +98,7 @@ PERPLEXITY_COLUMNS = [
     LEAD,
     Column(
         "sliding_ppl",
-        "Sliding window",
+        "Sliding-window PPL",
         "",
         "lower",
         "Test perplexity over whole documents: the window slides on, and every token is scored once with a long "
@@ -106,7 +106,7 @@ PERPLEXITY_COLUMNS = [
     ),
     Column(
         "segment_ppl",
-        "No context",
+        "No-context PPL",
         "",
         "lower",
         "Test perplexity in pieces scored without what came before. A warning, not a result: it mostly measures how "
@@ -114,13 +114,19 @@ PERPLEXITY_COLUMNS = [
     ),
     Column(
         "recall.repeated",
-        "Repeated",
+        "Repeated tokens",
         "",
         "lower",
         "Perplexity on tokens that complete a pair of tokens already seen in this context. A model that remembers "
         "predicts them far better than the rest.",
     ),
-    Column("recall.other", "Not repeated", "", "lower", "Perplexity on all other tokens."),
+    Column(
+        "recall.other",
+        "Other tokens",
+        "",
+        "lower",
+        "Perplexity on the tokens that do not repeat a pair already seen in this context.",
+    ),
 ]
 COST_COLUMNS = [
     Column("tokens", "Trained on", "tokens", "", "Tokens seen in training, repeats included: the budget really used."),

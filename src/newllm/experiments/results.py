@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FILE_NAME = "results.json"
 TERMINAL_COLUMNS = [column for column in MAIN_COLUMNS if column.key not in ("test_bits_per_byte", "peak_memory_bytes")]
 
+NO_BREAK = "\u00a0"
+
 Results = dict[str, Any]
 Row = dict[str, Any]
 
@@ -195,13 +197,18 @@ def decimals(summaries: Iterable[ModelSummary], column: Column) -> int:
 
 def number(value: float, places: int, signed: bool = False) -> str:
     """1,234.5 with a true minus sign."""
-    return f"{value:{'+' if signed else ''},.{places}f}".replace("-", "−")
+    return f"{value:{'+' if signed else '-'}z,.{places}f}".replace("-", "−")
 
 
 def percent(estimate_: Estimate) -> str:
     """−3.6 % ± 1.1, or −3.6 % where there is no interval (one seed, or an exact figure)."""
-    text = number(estimate_.mean, 1, signed=True) + " %"
-    return text + f" ± {number(estimate_.half_width, 1)}" if estimate_.half_width else text
+    places = 2 if estimate_.half_width and estimate_.half_width < 0.1 else 1
+    return with_interval(number(estimate_.mean, places, signed=True) + NO_BREAK + "%", estimate_, places)
+
+
+def with_interval(text: str, estimate_: Estimate, places: int) -> str:
+    """Appends ± half the interval, where there is one that is not zero; the line never breaks inside."""
+    return f"{text}{NO_BREAK}±{NO_BREAK}{number(estimate_.half_width, places)}" if estimate_.half_width else text
 
 
 def value_text(summary: ModelSummary, column: Column, places: int) -> str:
@@ -209,8 +216,7 @@ def value_text(summary: ModelSummary, column: Column, places: int) -> str:
     value = summary.values[column.key]
     if value is None:
         return "—"
-    text = number(value.mean, places)
-    return text + f" ± {number(value.half_width, places)}" if value.half_width else text
+    return with_interval(number(value.mean, places), value, places)
 
 
 def print_table(results: Results, console: Console) -> None:

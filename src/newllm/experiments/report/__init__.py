@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from newllm.experiments.columns import COST_COLUMNS, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
+from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
 from newllm.experiments.report import words
 from newllm.experiments.report.plots import all_plots, position_estimates
 from newllm.experiments.results import (
@@ -23,8 +23,9 @@ from newllm.experiments.results import (
     read_results,
     summarise,
     value_text,
+    with_interval,
 )
-from newllm.experiments.statistics import Difference, Estimate
+from newllm.experiments.statistics import Estimate
 
 
 def write_report(folder: Path) -> Path:
@@ -46,7 +47,7 @@ def _template(name: str) -> Any:
     environment = jinja2.Environment(
         autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"cell": markdown_cell, "joined": words.join, "fence": markdown_fence}
+    environment.filters |= {"cell": markdown_cell, "breakable": breakable, "fence": markdown_fence}
     return environment.from_string(_asset(f"template{Path(name).suffix}"))
 
 
@@ -57,7 +58,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
 
     figures = all_plots(summaries)
     browser_data = {
-        "models": [{"name": s.model, "baseline": s.is_baseline} for s in summaries],
+        "models": [{"name": s.model, "baseline": s.is_baseline, "valid": s.valid} for s in summaries],
         "figures": figures,
     }
     check_names = list(dict.fromkeys(c["name"] for s in summaries for row in s.rows for c in row["checks"]))
@@ -66,7 +67,8 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
         "title": f"{words.capitalised(words.count(len(summaries), 'language model'))} on {words.corpus(results)}",
         "headline": words.headline(results, summaries),
         "findings": words.findings(results, summaries),
-        "facts": words.facts(results, summaries),
+        "facts": words.facts(results),
+        "short_facts": words.short_facts(results),
         "models": summaries,
         "table": table(summaries, MAIN_COLUMNS),
         "differences": difference_rows(summaries),
@@ -86,11 +88,22 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
     }
 
 
+def breakable(model: str) -> Any:
+    """A model's name that may wrap after the separators of its options."""
+    from markupsafe import Markup, escape
+
+    text = str(escape(model))
+    for separator in (":", ",", "=", "_"):
+        text = text.replace(separator, separator + "<wbr>")
+    return Markup(text)
+
+
 def table(summaries: list[ModelSummary], columns: list[Column]) -> dict[str, Any]:
     """The columns that were measured, and for each model its cells: text, interval, sort value, mark, difference."""
     columns = [column for column in columns if any(s.mean(column) for s in summaries)]
     best = {column.key: best_models(summaries, column) for column in columns}
     places = {column.key: decimals(summaries, column) for column in columns}
+    varying = {column.key for column in columns if len({s.mean(column) for s in summaries}) > 1}
     rows = []
     for summary in ranked(summaries):
         cells = []
@@ -103,21 +116,25 @@ def table(summaries: list[ModelSummary], columns: list[Column]) -> dict[str, Any
                     "full": value_text(summary, column, places[column.key]),
                     "sort": value.mean if value else None,
                     "best": summary.model in best[column.key],
-                    **_difference_cell(summary, summary.differences[column.key], column),
+                    **_difference_cell(summary, column, column.key in varying),
                 }
             )
         rows.append({"summary": summary, "cells": cells})
     return {"columns": columns, "rows": rows}
 
 
-def _difference_cell(summary: ModelSummary, difference: Difference | None, column: Column) -> dict[str, Any]:
+def _difference_cell(summary: ModelSummary, column: Column, varying: bool) -> dict[str, Any]:
     """The small line under a value, and whether it shows a better or a worse figure than the baseline's."""
+    difference = summary.differences[column.key]
+    if not varying:
+        return {"difference": "", "tone": ""}
     if difference is None:
         return {"difference": "baseline" if summary.is_baseline and column is LEAD else "", "tone": ""}
     if difference.verdict == "same" or difference.percent.mean == 0:
         return {"difference": "same", "tone": ""}
-    shown = difference.verdict in ("lower", "higher") and column.better
-    tone = ("better" if difference.verdict == column.better else "worse") if shown else ""
+    shown = column.better and (column.key in EXACT or difference.absolute.excludes_zero)
+    direction = "lower" if difference.absolute.mean < 0 else "higher"
+    tone = ("better" if direction == column.better else "worse") if shown else ""
     return {"difference": percent(difference.percent), "tone": tone}
 
 
@@ -144,8 +161,7 @@ def difference_rows(summaries: list[ModelSummary]) -> list[dict[str, Any]]:
 
 
 def _signed(value: Estimate, places: int) -> str:
-    text = number(value.mean, places, signed=True)
-    return text if value.half_width is None else f"{text} ± {number(value.half_width, places)}"
+    return with_interval(number(value.mean, places, signed=True), value, places)
 
 
 def position_table(summaries: list[ModelSummary]) -> dict[str, Any]:
@@ -155,9 +171,7 @@ def position_table(summaries: list[ModelSummary]) -> dict[str, Any]:
     rows = []
     for summary in ranked(summaries):
         values = [by_model[summary.model].get(name) for name in ranges]
-        texts = [
-            "—" if v is None else f"{v.mean:,.2f}" + (f" ± {v.half_width:,.2f}" if v.half_width else "") for v in values
-        ]
+        texts = ["—" if value is None else with_interval(number(value.mean, 2), value, 2) for value in values]
         rows.append({"model": summary.model, "valid": summary.valid, "cells": texts})
     return {"ranges": ranges, "rows": rows if ranges else []}
 
@@ -169,7 +183,9 @@ def check_row(summary: ModelSummary, names: list[str]) -> dict[str, Any]:
         found = [(row["seed"], check) for row in summary.rows for check in row["checks"] if check["name"] == name]
         failed = [(seed, check) for seed, check in found if not check["passed"]]
         outcomes.append("fail" if failed else "pass" if found else "not run")
-        problems += [f"{name}, seed {seed}: {check['detail']}" for seed, check in failed]
+        if failed:
+            seeds = words.join([str(seed) for seed, _ in failed])
+            problems.append(f"{name}, seed{'s' if len(failed) > 1 else ''} {seeds}: {failed[0][1]['detail']}")
     details = [f"{check['name']}: {check['detail']}" for check in summary.rows[0]["checks"]]
     band = summary.rows[0].get("ppl_band") or {}
     return {

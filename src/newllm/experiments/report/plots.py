@@ -1,11 +1,12 @@
-"""The report's plots as plotly JSON. Colours and fonts are set in the browser (report.js), where the colour scheme is known.
+"""The report's plots as plotly JSON. Colours and fonts are set in the browser (report.js), which knows the scheme.
 
-A trace's `meta` says which model it belongs to (an index, -1 for none) and what it is, which decides how it is drawn.
+A trace's `meta` says which model it belongs to (an index) and what it is, which decides how it is drawn.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from html import escape
 from statistics import fmean
 from typing import Any
@@ -15,7 +16,9 @@ from newllm.experiments.results import ModelSummary, number, ranked
 from newllm.experiments.statistics import Estimate, estimate, paired_difference
 
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
-MAX_POINTS = 200  # of a training loss curve; more would only draw noise
+MAX_POINTS = 80  # of a training loss curve; more would only draw noise
+
+LABEL_WIDTH = 20  # characters
 
 Figure = dict[str, Any]
 
@@ -28,10 +31,16 @@ def _error(estimates: list[Estimate]) -> dict[str, Any]:
     return {"type": "data", "array": [e.half_width or 0 for e in estimates], "visible": True}
 
 
-def label(model: str, wrap: bool = False) -> str:
-    """A model's name as plotly text, which knows some HTML; long options go on lines of their own."""
-    text = escape(model)
-    return text.replace(":", ":<br>").replace(",", ",<br>") if wrap else text
+def label(model: str, width: int | None = None) -> str:
+    """A model's name as plotly text, which knows some HTML; options wrap into lines of about `width` characters."""
+    if width is None:
+        return escape(model)
+    lines = [""]
+    for part in re.findall(r"[^:,]+[:,]?", model):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "<br>".join(escape(line) for line in lines)
 
 
 def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
@@ -60,7 +69,7 @@ def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
         "xaxis": {"title": {"text": "test perplexity (lower is better)"}},
         "yaxis": {
             "tickvals": list(range(len(shown))),
-            "ticktext": [label(s.model, wrap=True) for s in shown],
+            "ticktext": [label(s.model, LABEL_WIDTH) for s in shown],
             "range": [len(shown) - 0.4, -0.6],
         },
         "shapes": line,
@@ -69,7 +78,7 @@ def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
 
 
 def cache_plot(summaries: list[ModelSummary]) -> Figure | None:
-    """Perplexity against measured cache bytes per token. A cache that does not grow (0 bytes) stands at the left edge."""
+    """Perplexity against measured cache bytes per token. One that does not grow (0 bytes) stands at the left."""
     shown = [s for s in summaries if s.valid and s.values[LEAD.key] and s.mean(CACHE) is not None]
     positive = [size for s in shown if (size := s.mean(CACHE))]
     if not shown:
@@ -86,19 +95,24 @@ def cache_plot(summaries: list[ModelSummary]) -> Figure | None:
         if summary not in shown or value is None:
             continue
         size = summary.mean(CACHE)
-        hover = f"<b>{label(summary.model)}</b><br>perplexity %{{y:.2f}}<br>{number(size or 0, 0)} bytes/token<extra></extra>"
+        name = label(summary.model)
+        hover = f"<b>{name}</b><br>perplexity %{{y:.2f}}<br>{number(size or 0, 0)} bytes/token<extra></extra>"
         x = [size or 2.0 ** (low - 1)]
         traces.append(
             _trace(
-                i, "point", x, [value.mean], error_y=_error([value]), text=[label(summary.model)], hovertemplate=hover
+                i,
+                "point",
+                x,
+                [value.mean],
+                error_y=_error([value]),
+                text=[label(summary.model, LABEL_WIDTH)],
+                hovertemplate=hover,
             )
         )
-    ends = [math.log10(2) * (low - (1.4 if has_zero else 0.5)), math.log10(2) * (high + 0.5)]
     layout = {
         "xaxis": {
             "title": {"text": "cache, bytes per token of context (log scale)"},
             "type": "log",
-            "range": ends,
             "tickvals": list(ticks),
             "ticktext": list(ticks.values()),
         },
@@ -128,14 +142,15 @@ def _thin_out(points: dict[float, list[float]]) -> tuple[list[float], list[float
 
 def loss_plot(summaries: list[ModelSummary]) -> Figure | None:
     """Training loss thin, validation loss bold; with seeds their mean, and the validation range as a band."""
-    traces, first_losses, lowest = [], [], []
+    traces, early_losses, lowest = [], [], []
     for i, summary in enumerate(summaries):
         validation, training = _curves(summary, "val_loss"), _curves(summary, "train_loss")
         hover = f"<b>{label(summary.model)}</b>, %{{x:,.0f}} tokens<br>%{{y:.3f}} nats<extra></extra>"
         if training:
             x, y = _thin_out(training)
             traces.append(_trace(i, "train", x, y, mode="lines", hoverinfo="skip"))
-            lowest.append(min(y))
+            if summary.valid:
+                lowest.append(min(y))
         if not validation:
             continue
         x, y = list(validation), [fmean(losses) for losses in validation.values()]
@@ -145,12 +160,12 @@ def loss_plot(summaries: list[ModelSummary]) -> Figure | None:
             traces.append(outline)
         traces.append(_trace(i, "validation", x, y, mode="lines+markers", hovertemplate=hover))
         if summary.valid:
-            first_losses.append(y[0])
+            early_losses.append(y[len(y) // 5])
             lowest.append(min(y))
     if not traces:
         return None
     # The steep start would flatten everything that matters; a double click shows it.
-    y_range = {"range": [min(lowest) - 0.05, max(first_losses) + 0.25]} if first_losses else {}
+    y_range = {"range": [min(lowest) - 0.05, max(early_losses) + 0.1]} if early_losses else {}
     layout = {
         "xaxis": {"title": {"text": "training tokens"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": "loss, nats per token"}, **y_range},

@@ -1,6 +1,7 @@
 "use strict";
 const report = JSON.parse(document.getElementById("report-data").textContent);
-const hidden = new Set(); // indices of models switched off in the curves
+// Indices of models switched off in the curves: at first the invalid ones, whose losses mean nothing.
+const hidden = new Set(report.models.some((model) => model.valid) ? report.models.flatMap((model, i) => (model.valid ? [] : [i])) : []);
 const HUES = 6;
 const DASHES = ["solid", "dash", "dot"];
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon"];
@@ -28,7 +29,7 @@ function styled(trace) {
     case "seed": Object.assign(result, { mode: "markers", marker: { color: faded(color, 0.45), size: 6 } }); break;
     case "mean": Object.assign(result, { mode: "markers", marker: { ...result.marker, size: 11 } }); break;
     case "point": Object.assign(result, { mode: "markers", marker: { ...result.marker, size: 11 } }); break;
-    case "train": result.line = { color: faded(color, 0.35), dash: look.dash, width: 1 }; break;
+    case "train": result.line = { color: faded(color, 0.35), width: 1 }; break;
     case "band": Object.assign(result, { fillcolor: faded(color, 0.14), line: { width: 0 } }); break;
     case "validation": result.line.width = 2.6; result.marker.size = 5; break;
   }
@@ -37,10 +38,10 @@ function styled(trace) {
 
 function axis(given) {
   return {
-    gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, ticks: "", automargin: true, fixedrange: coarse,
+    gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, ticks: "", ticklabelstandoff: 6, automargin: true, fixedrange: coarse,
     ...given,
     zerolinecolor: css("--soft"),
-    title: { standoff: 10, ...given.title },
+    title: { standoff: 10, font: { size: 13, color: css("--soft") }, ...given.title },
   };
 }
 
@@ -50,15 +51,15 @@ function draw(id) {
   const { data, layout } = report.figures[id];
   const curves = id !== "plot-perplexity" && id !== "plot-cache";
   const traces = data.filter((trace) => !curves || !hidden.has(trace.meta.model)).map(styled);
-  const rows = id === "plot-perplexity" ? layout.yaxis.tickvals.length : 0;
-  if (rows > 8) element.style.height = `${120 + 32 * rows}px`;
+  if (!curves) element.style.height = `${Math.max(360, 120 + 32 * report.figures["plot-perplexity"].layout.yaxis.tickvals.length)}px`;
+  const range = id === "plot-cache" ? { range: cacheRange(element, traces) } : {};
   const options = {
     ...layout,
-    xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+    xaxis: axis({ tickfont: { size: element.clientWidth < 420 ? 11 : 13 }, ...layout.xaxis, ...range }), yaxis: axis(layout.yaxis),
     shapes: (layout.shapes || []).map((shape) => ({ ...shape, layer: "below", line: { color: css("--soft"), width: 1, dash: "dot" } })),
     font: { family: css("--text"), size: 13, color: css("--ink") },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    margin: { l: 8, r: 12, t: 12, b: 8 },
+    margin: { l: 8, r: 12, t: 12, b: 8 }, // and as much more as the labels need
     hoverlabel: { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--ink") } },
     dragmode: coarse ? false : "zoom",
     showlegend: false,
@@ -68,40 +69,47 @@ function draw(id) {
   });
 }
 
-// Names beside the points: to the right, or to the left near the right edge; pushed apart where they would overlap.
+// Room for the names at the right of the rightmost point, whatever the width of the page.
+function cacheRange(element, traces) {
+  const exponents = traces.map((trace) => Math.log10(trace.x[0]));
+  const [low, high] = [Math.min(...exponents), Math.max(...exponents)];
+  const width = element.clientWidth - 70, right = Math.max(...traces.map((trace) => labelWidth(trace.text[0]))) + 20, left = 28;
+  if (low === high) return [low - 0.5, high + 0.5];
+  const perPixel = (high - low) / Math.max(60, width - right - left);
+  return [low - left * perPixel, high + right * perPixel];
+}
+const labelLines = (text) => text.split("<br>").map((line) => line.replace(/&#?\w+;/g, "x"));
+const labelWidth = (text) => 7.2 * Math.max(...labelLines(text).map((line) => line.length));
+
+// A name beside each point, moved until it covers no other name, point or interval; a thin line leads back if it is far.
 function labelPoints(element) {
   const { xaxis, yaxis } = element._fullLayout;
-  const points = element.data.map((trace) => ({
-    x: xaxis.d2p(trace.x[0]), y: yaxis.d2p(trace.y[0]), name: trace.text[0], color: trace.marker.color,
-  }));
-  const height = 17, width = (text) => 7 * text.replace(/&\w+;/g, "x").length + 16;
-  for (const point of points) {
-    point.side = point.x + width(point.name) > xaxis._length ? -1 : 1;
-    point.left = point.side > 0 ? point.x + 10 : point.x - 10 - width(point.name);
-    point.right = point.left + width(point.name);
-  }
-  points.sort((a, b) => a.y - b.y);
-  const placed = [];
-  for (const point of points) {
-    point.at = point.y;
-    for (const other of placed) { // ascending: each label is pushed below those already placed
-      const sideways = point.left < other.right && other.left < point.right;
-      if (sideways && point.at < other.at + height) point.at = other.at + height;
-    }
-    placed.push(point);
-    placed.sort((a, b) => a.at - b.at);
-  }
-  const overflow = Math.max(0, ...placed.map((point) => point.at + height / 2 - yaxis._length));
-  const annotations = placed.map((point) => ({
-    x: point.x + point.side * 11, y: point.at - overflow, text: point.name, showarrow: false,
-    xanchor: point.side > 0 ? "left" : "right", color: point.color,
-  }));
-  return Plotly.relayout(element, {
-    annotations: annotations.map(({ x, y, color, ...rest }) => ({
-      ...rest, xref: "paper", yref: "paper", x: x / xaxis._length, y: 1 - y / yaxis._length, yanchor: "middle",
-      font: { size: 13, color: css("--ink") },
-    })),
+  const points = element.data.map((trace) => {
+    const [x, y] = [xaxis.d2p(trace.x[0]), yaxis.d2p(trace.y[0])];
+    const reach = Math.abs(yaxis.d2p(trace.y[0] + trace.error_y.array[0]) - y);
+    return { trace, x, y, bar: { left: x - 5, right: x + 5, top: y - Math.max(8, reach), bottom: y + Math.max(8, reach) } };
   });
+  const overlap = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const inside = (box) => box.left > 0 && box.right < xaxis._length + 12 && box.top > -12 && box.bottom < yaxis._length;
+  const taken = points.map((point) => point.bar);
+  const shifts = [...Array(14).keys()].flatMap((step) => (step ? [8 * step, -8 * step] : [0]));
+  const annotations = points.sort((a, b) => a.y - b.y).map(({ trace, x, y }) => {
+    const name = trace.text[0];
+    const [width, height] = [labelWidth(name), 15 * labelLines(name).length];
+    const boxes = shifts.flatMap((dy) => [1, -1].map((side) => {
+      const near = x + side * 11;
+      const top = y + dy - height / 2;
+      return { dy, side, left: side > 0 ? near : near - width, right: side > 0 ? near + width : near, top, bottom: top + height };
+    }));
+    const box = boxes.find((candidate) => inside(candidate) && !taken.some((other) => overlap(candidate, other))) || boxes[0];
+    taken.push(box);
+    return {
+      x: Math.log10(trace.x[0]), y: trace.y[0], text: name, align: box.side > 0 ? "left" : "right", font: { size: 12.5 },
+      xanchor: box.side > 0 ? "left" : "right", yanchor: "middle", ax: box.side * 11, ay: box.dy, standoff: 7, borderpad: 0,
+      showarrow: true, arrowhead: 0, arrowwidth: 1, arrowcolor: Math.abs(box.dy) > height / 2 + 4 ? css("--soft") : "rgba(0,0,0,0)",
+    };
+  });
+  return Plotly.relayout(element, { annotations });
 }
 
 function drawAll() {
@@ -115,10 +123,10 @@ function buildLegend() {
     const look = looks[index];
     const button = document.createElement("button");
     button.type = "button";
-    button.setAttribute("aria-pressed", "true");
+    button.setAttribute("aria-pressed", String(!hidden.has(index)));
     const pattern = { solid: "", dash: "6 4", dot: "2 3" }[look.dash];
     button.innerHTML = `<svg width="26" height="10" aria-hidden="true"><line x1="0" x2="26" y1="5" y2="5" stroke="var(${look.color})" stroke-width="3" stroke-dasharray="${pattern}"/></svg>`;
-    button.append(model.name);
+    button.append(model.valid ? model.name : `${model.name} (INVALID)`);
     button.addEventListener("click", () => {
       const show = hidden.delete(index);
       if (!show) hidden.add(index);

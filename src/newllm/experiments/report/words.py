@@ -7,6 +7,7 @@ from typing import Any
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
 from newllm.experiments.results import ModelSummary, Results, decimals, number, percent, ranked, value_text
 
+STATE = ALL_COLUMNS["state_bytes"]
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
 TRAINING = ALL_COLUMNS["train_tokens_per_second"]
 DECODING = ALL_COLUMNS["decode_ms_per_token"]
@@ -18,7 +19,7 @@ def join(items: list[str]) -> str:
 
 
 def count(amount: int, noun: str) -> str:
-    words = "no one two three four five six seven eight nine ten eleven twelve".split()
+    words = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     return f"{words[amount] if amount < len(words) else amount} {noun}{'' if amount == 1 else 's'}"
 
 
@@ -46,14 +47,13 @@ def headline(results: Results, summaries: list[ModelSummary]) -> str:
     difference = best.differences[LEAD.key]
     if difference is None:
         return f"{lead}; the baseline {results['baseline']} has no valid result to compare it with."
-    relation = f"{percent(difference.percent)} against the baseline {results['baseline']}"
+    gap = percent(difference.percent)
+    size = gap.lstrip("+−") + (" lower" if difference.percent.mean < 0 else " higher")
     if difference.absolute.half_width is None:
-        return f"{lead} ({relation}), in a single run."
+        return f"{lead}, {size} than the baseline {results['baseline']}, in a single run each."
     if difference.verdict == "no difference shown":
-        return (
-            f"{lead}, but no difference to the baseline {results['baseline']} is shown ({percent(difference.percent)})."
-        )
-    return f"{lead}: {relation}."
+        return f"{lead}, but no difference to the baseline {results['baseline']} is shown ({gap})."
+    return f"{lead}: {size} than the baseline {results['baseline']}."
 
 
 def findings(results: Results, summaries: list[ModelSummary]) -> list[tuple[str, str]]:
@@ -76,7 +76,7 @@ def _quality(results: Results, shown: list[ModelSummary]) -> str:
             groups.setdefault(difference.verdict, []).append(f"{summary.model} ({percent(difference.percent)})")
     texts = {
         "lower": "Lower perplexity than the baseline",
-        "higher": "Higher",
+        "higher": "Higher perplexity than the baseline",
         "same": "Exactly the same",
         "no difference shown": "No difference shown (the interval includes zero)",
         "one seed: cannot tell": "One shared seed, so an interval cannot be given",
@@ -95,9 +95,14 @@ def _memory(results: Results, shown: list[ModelSummary]) -> str:
         return f"{each} {number(low, 0)} bytes of cache for each token of the context."
     smallest = [s for size, s in sized if size == low]
     best = smallest[0]  # `shown` is ranked: of equal caches, the one with the lowest perplexity
-    text = f"The smallest cache is {best.model}'s: {number(low, 0)} bytes per token"
+    if low == 0:
+        text = (
+            f"{best.model} keeps no cache that grows with the context ({number(best.mean(STATE) or 0, 0)} bytes in all)"
+        )
+    else:
+        text = f"The smallest cache is {best.model}'s: {number(low, 0)} bytes per token"
     baseline = next((size for size, s in sized if s.is_baseline), None)
-    if baseline and baseline > low:
+    if baseline and baseline > low > 0:
         text += f", {100 * low / baseline:.3g} % of the baseline's {number(baseline, 0)}"
     difference = best.differences[LEAD.key]
     if difference is not None:
@@ -129,12 +134,14 @@ def _checks(results: Results, summaries: list[ModelSummary]) -> str:
     said = []
     if invalid := [s.model for s in summaries if not s.valid]:
         said.append(
-            f"{join(invalid)}: INVALID. The causality check failed, so the model sees the tokens it should predict, and its "
-            "perplexity means nothing. It is left out of every comparison."
+            f"{join(invalid)}: INVALID. The causality check failed: the model sees the tokens it should predict, and "
+            "its perplexity means nothing. It is left out of every comparison."
         )
     failing = [s.model for s in summaries if s.valid and not all(c["passed"] for row in s.rows for c in row["checks"])]
     if failing:
         said.append(f"A check other than causality failed for {join(failing)}; see below.")
+    if unmeasured := [s.model for s in summaries if s.valid and not s.values[LEAD.key]]:
+        said.append(f"{join(unmeasured)}: no test perplexity, the loss is not a finite number.")
     if not said and summaries:
         said.append("Every model passes every check.")
     if results["failed"]:
@@ -152,10 +159,11 @@ def _certainty(summaries: list[ModelSummary], shown: list[ModelSummary]) -> str:
             "believing a gap of a few percent."
         )
     said = [
-        f"± is the 95 % interval of the mean over {most} seeds (Student's t). It covers initialisation and data order, not "
-        "other texts, sizes or longer training."
+        f"± is the 95 % interval of the mean over {most} seeds (Student's t). It covers initialisation and data order, "
+        "not other texts, sizes or longer training."
     ]
-    compared = sum(s.differences[LEAD.key] is not None for s in shown)
+    differences = [d for s in shown if (d := s.differences[LEAD.key])]
+    compared = sum(d.absolute.half_width is not None for d in differences)
     if compared > 1:
         said.append(
             f"Differences are paired by seed. Each of the {count(compared, 'interval')} misses the true "
@@ -166,7 +174,7 @@ def _certainty(summaries: list[ModelSummary], shown: list[ModelSummary]) -> str:
     return " ".join(said)
 
 
-def facts(results: Results, summaries: list[ModelSummary]) -> list[tuple[str, str]]:
+def facts(results: Results) -> list[tuple[str, str]]:
     """What was compared, on which text, under which budget, where and when; (label, text)."""
     settings, data, machine = results["settings"], results["data"], results["machine"]
     seeds = sorted({row["seed"] for row in results["rows"]})
@@ -179,6 +187,21 @@ def facts(results: Results, summaries: list[ModelSummary]) -> list[tuple[str, st
         ("Made", f"{results['created'][:16].replace('T', ' ')} with newllm {results['version']}"),
     ]
     return [(label, text) for label, text in rows if text]
+
+
+def short_facts(results: Results) -> list[str]:
+    """Budget, seeds, machine and date in a few words each, for the line under the title."""
+    rows = results["rows"]
+    tokens = max((row["tokens"] for row in rows if row.get("tokens")), default=None)
+    seeds = len({row["seed"] for row in rows})
+    machine = results["machine"]
+    cores = f", {machine['cores']} cores" if machine.get("cores") and not machine.get("gpu") else ""
+    return [
+        *([f"{tokens:,} training tokens each"] if tokens else []),
+        *([count(seeds, "seed")] if seeds else []),
+        *([f"{machine.get('gpu') or machine['cpu']}{cores}"] if machine.get("cpu") else []),
+        results["created"][:10],
+    ]
 
 
 def corpus(results: Results) -> str:

@@ -1,0 +1,233 @@
+"""The report, opened in headless Chromium as a reader would."""
+
+import os
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from results_fixture import make_results
+
+from newllm.experiments.report import words, write_report
+from newllm.experiments.results import summarise, write_results
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from screenshot import browser, open_report, set_viewport
+
+needs_chromium = pytest.mark.skipif(
+    not os.environ.get("CI") and not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="chromium and chromedriver are not installed (apt-get install chromium chromium-driver); CI runs this test",
+)
+
+
+def report(folder, results):
+    write_results(folder, results)
+    return write_report(folder)
+
+
+def invalidate(results, model="pythia_alibi"):
+    for row in results["rows"]:
+        if row["model"] == model:
+            row |= {"valid": False, "test_ppl": 1.5}
+            row["checks"][0] |= {"passed": False, "detail": "changing token 17 changes logit 16"}
+    return results
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A driver with the report of six models open, at desktop width."""
+    html = report(tmp_path_factory.mktemp("report"), make_results())
+    with browser(1280, 900) as driver:
+        open_report(driver, html)
+        yield driver
+
+
+def column(driver, index):
+    script = (
+        "return [...document.querySelectorAll('#main-table tbody tr')].map(r => r.cells[arguments[0]].dataset.value)"
+    )
+    return driver.execute_script(script, index)
+
+
+def sort_state(driver, index):
+    return driver.execute_script(
+        "return document.querySelector('#main-table thead tr').cells[arguments[0]].getAttribute('aria-sort')", index
+    )
+
+
+def overflow(driver):
+    return driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+@needs_chromium
+def test_table_is_sorted_by_clicks_and_by_keyboard(page):
+    from selenium.webdriver.common.keys import Keys
+
+    buttons = page.find_elements("css selector", "#main-table thead button")
+    assert sort_state(page, 1) == "ascending"
+    assert column(page, 1) == sorted(column(page, 1), key=float)
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", buttons[1])
+    buttons[1].click()
+    assert sort_state(page, 1) == "descending"
+    assert column(page, 1) == sorted(column(page, 1), key=float, reverse=True)
+    buttons[5].click()  # tokens/s: the best, which is the highest, comes first
+    assert (sort_state(page, 1), sort_state(page, 5)) == ("none", "descending")
+    assert column(page, 5) == sorted(column(page, 5), key=float, reverse=True)
+    buttons[5].send_keys(Keys.ENTER)
+    assert sort_state(page, 5) == "ascending"
+    assert column(page, 5) == sorted(column(page, 5), key=float)
+    buttons[0].send_keys(Keys.SPACE)
+    assert column(page, 0) == sorted(column(page, 0))
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_never_scrolls_sideways(page, width):
+    set_viewport(page, width, 900)
+    page.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert page.execute_script("return window.innerWidth") == width
+    page.execute_async_script("setTimeout(arguments[0], 600)")  # plots are drawn again after a resize
+    assert overflow(page) == 0
+    set_viewport(page, 1280, 900)
+
+
+@needs_chromium
+def test_plots_are_drawn_and_the_legend_switches_models_off(page):
+    plots = page.find_elements("css selector", ".plot")
+    assert len(plots) == 5
+    for plot in plots:
+        assert plot.find_elements("css selector", ".scatterlayer .trace"), plot.get_attribute("id")
+    names = page.execute_script(
+        "return [...document.querySelectorAll('#plot-cache .annotation-text')].map(e => e.textContent)"
+    )
+    assert {"pythia", "gqa", "mqa"} <= set(names)
+    count = "return document.querySelectorAll('#plot-position .scatterlayer .trace').length"
+    before = page.execute_script(count)
+    button = page.find_elements("css selector", "#legend button")[1]
+    page.execute_script("arguments[0].click()", button)
+    assert button.get_attribute("aria-pressed") == "false"
+    assert page.execute_script(count) == before - 1
+    page.execute_script("arguments[0].click()", button)
+
+
+@needs_chromium
+def test_header_explains_itself_on_hover_and_the_command_is_copied(page):
+    from selenium.webdriver import ActionChains
+
+    button = page.find_elements("css selector", "#main-table thead button")[1]
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+    ActionChains(page).move_to_element(button).perform()
+    assert "equally likely" in page.find_element("id", "tip").text
+    copy = page.find_element("id", "copy")
+    page.execute_script("arguments[0].click()", copy)
+    page.execute_async_script("setTimeout(arguments[0], 200)")
+    assert copy.text in ("Copied", "Selected")
+
+
+@needs_chromium
+def test_no_error_in_the_console_and_nothing_is_loaded_from_elsewhere(page):
+    assert page.get_log("browser") == []
+    assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+
+
+@needs_chromium
+@pytest.mark.parametrize(("seeds", "models"), [(1, 1), (5, 15)])
+def test_one_model_and_fifteen_in_the_dark_on_a_phone(tmp_path, seeds, models):
+    html = report(tmp_path, make_results(seeds, models))
+    with browser(390, 800, dark=True) as driver:
+        open_report(driver, html)
+        assert overflow(driver) == 0
+        assert driver.get_log("browser") == []
+        background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", background)[:3])) < 40
+
+
+class Elements(HTMLParser):
+    """Names of all elements, and every address an element would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.addresses = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for key, value in attributes if key in ("src", "href", "srcset", "data")]
+
+
+def test_names_samples_and_errors_cannot_become_html(tmp_path):
+    attack = "</script><img src=x onerror=alert(1)>"
+    results = make_results(1, 2)
+    results["rows"][1] |= {"model": attack, "sample": attack, "layers": attack}
+    results["rows"][1]["checks"][0] |= {"name": attack, "detail": attack, "passed": False}
+    results["failed"] = [{"model": attack, "seed": 0, "error": attack}]
+    results |= {"name": attack, "command": attack, "data": {"corpus": attack}}
+    html = report(tmp_path, results)
+    parser = Elements()
+    parser.feed(html.read_text())
+    assert "img" not in parser.tags
+    assert parser.addresses == []
+    assert parser.tags.count("script") == 3
+    outside_code = re.sub(r"```.*?```", "", (tmp_path / "report.md").read_text(), flags=re.S)
+    assert "<img" not in outside_code
+
+
+def test_markdown_has_the_figures_the_command_and_whole_tables(tmp_path):
+    results = make_results()
+    report(tmp_path, results)
+    text = (tmp_path / "report.md").read_text()
+    assert results["command"] in text
+    assert "Intel Xeon" in text
+    assert "three seeds: 0, 1, 2" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        lines = table.splitlines()
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, table
+        assert len(lines) > 2
+
+
+def test_an_invalid_model_is_unmistakable_and_wins_nothing(tmp_path):
+    results = invalidate(make_results())
+    html = report(tmp_path, results).read_text()
+    assert "INVALID: pythia_alibi." in html
+    assert "changing token 17 changes logit 16" in html
+    assert "pythia\\_alibi **INVALID**" in (tmp_path / "report.md").read_text()
+    said = words.headline(results, summarise(results))
+    assert said.startswith("None of the other models has a lower test perplexity than the baseline pythia")
+
+
+def test_wording_follows_the_intervals():
+    many = make_results()
+    assert "lower than the baseline pythia" in words.headline(many, summarise(many))
+    quality = dict(words.findings(many, summarise(many)))["Quality"]
+    assert re.search(r"No difference shown \(the interval includes zero\): gqa \(", quality)
+    one = make_results(1)
+    assert "in a single run each" in words.headline(one, summarise(one))
+    assert (
+        "One seed for each model cannot tell small differences" in dict(words.findings(one, summarise(one)))["How sure"]
+    )
+    noisy = make_results(3, 2)
+    for row in noisy["rows"]:
+        row["test_ppl"] = {"pythia": [80, 81, 82], "pythia_alibi": [79, 82, 80]}[row["model"]][row["seed"]]
+    noisy["rows"].append({**noisy["rows"][1], "seed": 1, "test_ppl": 82})
+    noisy["rows"].append({**noisy["rows"][1], "seed": 2, "test_ppl": 80})
+    assert "no difference to the baseline pythia is shown" in words.headline(noisy, summarise(noisy))
+
+
+def test_a_report_without_speed_baseline_or_rows_is_still_made(tmp_path):
+    results = make_results(2, 4)
+    results["rows"] = [row for row in results["rows"] if row["model"] != "pythia"]
+    for row in results["rows"]:
+        unmeasured = (
+            "train_tokens_per_second",
+            "decode_ms_per_token",
+            "prefill_ms",
+            "peak_memory_bytes",
+            "recall",
+            "sample",
+        )
+        row |= dict.fromkeys([*unmeasured, "ppl_by_position", "sliding_ppl", "curve", "ppl_band"])
+    html = report(tmp_path, results).read_text()
+    assert "the baseline pythia has no valid result to compare it with" in html
+    assert 'plot-loss"' not in html
+    assert "There is no valid result" in report(tmp_path, results | {"rows": []}).read_text()

@@ -1,0 +1,187 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from results_fixture import make_results
+from rich.console import Console
+
+from newllm.experiments.columns import ALL_COLUMNS, LEAD, MAIN_COLUMNS
+from newllm.experiments.results import (
+    best_models,
+    decimals,
+    number,
+    print_table,
+    ranked,
+    read_results,
+    summarise,
+    write_results,
+)
+from newllm.experiments.statistics import estimate, paired_difference, t_probability, t_quantile
+from newllm.settings import UserError
+
+CACHE = ALL_COLUMNS["cache_bytes_per_token"]
+
+
+def by_name(results):
+    return {summary.model: summary for summary in summarise(results)}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),  # two-sided 95 %, from published tables
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (10, 2.228), (30, 2.042), (60, 2.000), (120, 1.980)],
+)
+def test_t_quantile_has_the_published_values(degrees, expected):
+    assert t_quantile(degrees) == pytest.approx(expected, abs=6e-4)
+
+
+@given(degrees=st.integers(1, 200), confidence=st.floats(0.01, 0.999))
+def test_t_quantile_inverts_the_distribution(degrees, confidence):
+    assert t_probability(t_quantile(degrees, confidence), degrees) == pytest.approx(confidence, abs=1e-9)
+
+
+def test_interval_of_known_numbers():
+    value = estimate([1.0, 2.0, 3.0])  # standard error 1/sqrt(3)
+    assert value.mean == 2
+    assert value.half_width == pytest.approx(4.303 / 3**0.5, abs=1e-3)
+
+
+def test_one_seed_has_no_interval_and_no_verdict():
+    assert estimate([5.0]).half_width is None
+    assert paired_difference({0: 5.0}, {0: 4.0}).verdict == "one seed: cannot tell"
+
+
+def test_pairing_by_seed_sees_what_the_intervals_of_the_means_hide():
+    baseline = {0: 100.0, 1: 80.0, 2: 120.0}
+    better = {seed: 0.98 * ppl for seed, ppl in baseline.items()}
+    assert estimate(better.values()).half_width > 20
+    difference = paired_difference(better, baseline)
+    assert difference.percent.mean == pytest.approx(-2)
+    assert difference.percent.half_width == pytest.approx(0, abs=1e-9)
+    assert difference.verdict == "lower"
+
+
+def test_a_difference_whose_interval_includes_zero_is_not_shown():
+    difference = paired_difference({0: 101.0, 1: 99.0, 2: 101.0}, {0: 100.0, 1: 100.0, 2: 100.0})
+    assert difference.verdict == "no difference shown"
+
+
+def test_only_shared_seeds_are_paired():
+    assert paired_difference({0: 1.0, 1: 2.0}, {1: 4.0, 2: 9.0}).percent.mean == -50
+    assert paired_difference({0: 1.0}, {1: 4.0}) is None
+
+
+def test_write_then_read_is_the_same_and_leaves_no_other_file(tmp_path):
+    results = make_results()
+    write_results(tmp_path, results)
+    assert read_results(tmp_path) == results
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_diverged_run_is_written_as_null_and_has_no_perplexity(tmp_path):
+    results = make_results(1, 2)
+    results["rows"][1] |= {"test_ppl": float("inf"), "val_loss": float("nan")}
+    write_results(tmp_path, results)
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    summaries = summarise(read_results(tmp_path))
+    assert summaries[1].values[LEAD.key] is None
+    assert ranked(summaries)[-1].model == summaries[1].model
+    assert summaries[1].model not in best_models(summaries, LEAD)
+
+
+def test_summary_per_model_over_seeds():
+    summaries = by_name(make_results())
+    assert [len(s.rows) for s in summaries.values()] == [3, 3, 3, 3, 3, 1]
+    assert summaries["pythia"].differences[LEAD.key] is None
+    assert summaries["pythia_alibi"].differences[LEAD.key].verdict == "lower"
+    assert summaries["mqa"].differences[CACHE.key].percent.mean == -75
+    assert list(summaries.values())[-1].values[LEAD.key].half_width is None
+
+
+def test_invalid_runs_are_never_best_and_are_not_compared():
+    results = make_results()
+    for row in results["rows"]:
+        if row["model"] == "pythia_alibi" and row["seed"] == 1:
+            row |= {"valid": False, "test_ppl": 1.5}
+    summaries = summarise(results)
+    invalid = by_name(results)["pythia_alibi"]
+    assert not invalid.valid
+    assert invalid.differences[LEAD.key] is None
+    assert ranked(summaries)[-1].model == "pythia_alibi"
+    assert best_models(summaries, LEAD) == {"pythia"}
+
+
+def test_an_invalid_baseline_compares_with_nothing():
+    results = make_results()
+    for row in results["rows"]:
+        row["valid"] = row["model"] != "pythia"
+    assert all(s.differences[LEAD.key] is None for s in summarise(results))
+
+
+def test_best_marks_ties_and_marks_nothing_when_all_are_equal():
+    summaries = summarise(make_results(models=4))
+    assert best_models(summaries, CACHE) == {"gqa"}
+    assert best_models(summaries[:3], CACHE) == set()
+    assert best_models(summarise(make_results(models=3)), ALL_COLUMNS["parameters"]) == set()
+
+
+@pytest.mark.parametrize("column", MAIN_COLUMNS, ids=lambda column: column.key)
+def test_every_column_is_explained_and_prints_sensible_decimals(column):
+    summaries = summarise(make_results())
+    assert len(column.explanation) > 40
+    text = number(summaries[0].mean(column), decimals(summaries, column))
+    assert 3 <= len(text.replace(",", "").replace(".", "")) <= 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("rows"), "is not a result of `newllm compare`: the file has no 'rows'"),
+        (lambda r: r["rows"][2].pop("model"), "row 2 has no 'model'"),
+        (
+            lambda r: r["rows"][1].update(test_ppl="low"),
+            r"row 1 \(pythia_alibi, seed 0\) has 'test_ppl' = 'low'.*number",
+        ),
+        (lambda r: r["rows"][0].update(valid="yes"), "'valid' = 'yes': it must be true or false"),
+        (lambda r: r["rows"][0].update(seed=True), "'seed' = 'True'"),
+        (lambda r: r["rows"][0]["checks"][0].pop("detail"), "item 0 of 'checks' has no 'detail'"),
+        (lambda r: r["rows"][0].update(curve=[3]), "item 0 of 'curve' must be an object, not int"),
+        (lambda r: r["failed"].append({"model": "x"}), "failed run 1 has no 'seed'"),
+        (lambda r: r.update(settings=[]), "'settings' = .* must be an object"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, change, message):
+    results = make_results(1)
+    change(results)
+    write_results(tmp_path, results)
+    with pytest.raises(UserError, match=message) as error:
+        read_results(tmp_path)
+    assert "results.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_truncated_and_foreign_files(tmp_path):
+    with pytest.raises(UserError, match=r"results\.json does not exist"):
+        read_results(tmp_path)
+    path = write_results(tmp_path, make_results(1))
+    path.write_text(path.read_text()[:5000])
+    with pytest.raises(UserError, match=r"not valid JSON .*cut off"):
+        read_results(tmp_path)
+    path.write_text(json.dumps([1, 2]))
+    with pytest.raises(UserError, match="must be an object, not list"):
+        read_results(tmp_path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not text"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(("seeds", "models"), [(1, 1), (3, 6), (5, 15)])
+def test_terminal_table_fits_100_columns(seeds, models):
+    results = make_results(seeds, models)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_table(results, console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    assert all(row["model"][:10] in text for row in results["rows"])
+    assert "failed mixer_from_plugin, seed 1" in text
