@@ -23,16 +23,23 @@ FLAGS = [
 ]
 
 
+def program(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise FileNotFoundError(f"{name} is not installed: apt-get install chromium chromium-driver")
+    return path
+
+
 @contextlib.contextmanager
 def browser(width: int, height: int, dark: bool = False) -> Iterator[webdriver.Chrome]:
     """Chromium with a viewport of width x height CSS pixels, and the browser log switched on."""
     with tempfile.TemporaryDirectory() as profile:
         options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium") or ""
+        options.binary_location = program("chromium")
         for flag in [*FLAGS, f"--user-data-dir={profile}"]:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+        driver = webdriver.Chrome(options, webdriver.ChromeService(program("chromedriver")))
         try:
             set_viewport(driver, width, height)
             scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}

@@ -93,7 +93,7 @@ def breakable(model: str) -> Any:
     from markupsafe import Markup, escape
 
     text = str(escape(model))
-    for separator in (":", ",", "=", "_"):
+    for separator in (":", ",", "_"):
         text = text.replace(separator, separator + "<wbr>")
     return Markup(text)
 
@@ -126,10 +126,8 @@ def table(summaries: list[ModelSummary], columns: list[Column]) -> dict[str, Any
 def _difference_cell(summary: ModelSummary, column: Column, varying: bool) -> dict[str, Any]:
     """The small line under a value, and whether it shows a better or a worse figure than the baseline's."""
     difference = summary.differences[column.key]
-    if not varying:
+    if difference is None or not varying:
         return {"difference": "", "tone": ""}
-    if difference is None:
-        return {"difference": "baseline" if summary.is_baseline and column is LEAD else "", "tone": ""}
     if difference.verdict == "same" or difference.percent.mean == 0:
         return {"difference": "same", "tone": ""}
     shown = column.better and (column.key in EXACT or difference.absolute.excludes_zero)

@@ -79,7 +79,7 @@ def _quality(results: Results, shown: list[ModelSummary]) -> str:
         "higher": "Higher perplexity than the baseline",
         "same": "Exactly the same",
         "no difference shown": "No difference shown (the interval includes zero)",
-        "one seed: cannot tell": "One shared seed, so an interval cannot be given",
+        "one seed: cannot tell": "With one seed shared with the baseline, and so without an interval",
     }
     said = [f"{text}: {join(groups[verdict])}." for verdict, text in texts.items() if verdict in groups]
     return " ".join(said)
