@@ -22,9 +22,9 @@ class NoPosition:
 
     type: Literal["none"] = "none"
 
-    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, H, T, d) and k (B, Hk, T, d), as they are."""
-        return q, k
+    def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """heads (B, N, T, d), queries or keys at positions (B, T), as they are."""
+        return heads
 
     def slopes(self, num_heads: int, device: torch.device) -> Tensor | None:
         """The ALiBi slopes: None, there is no bias."""
@@ -43,20 +43,24 @@ class RotaryPosition(NoPosition):
         """Rotated dimensions of each head: even, as they turn in pairs."""
         return max(2, int(head_size * self.fraction) // 2 * 2)
 
-    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotates q (B, H, T, d) and k (B, Hk, T, d) by their positions (B, T), in float32 at least."""
-        rotary_dim = self.rotary_dim(q.shape[-1])
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        steps = torch.arange(0, rotary_dim, 2, dtype=dtype, device=q.device)
-        angles = positions[:, None, :, None].to(dtype) * (1.0 / self.base ** (steps / rotary_dim))  # (B, 1, T, dim/2)
-        cos, sin = angles.cos(), angles.sin()
+    def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Rotates heads (B, N, T, d) by their positions (B, T), in float32 at least."""
+        rotary_dim = self.rotary_dim(heads.shape[-1])
+        cos, sin = self._table(positions, rotary_dim, torch.promote_types(heads.dtype, torch.float32))
+        half = rotary_dim // 2
+        first, second, rest = heads.split([half, half, heads.shape[-1] - rotary_dim], dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([turned.to(heads.dtype), rest], dim=-1)
 
-        def turn(x: Tensor) -> Tensor:
-            first, second, rest = x.split([rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1)
-            turned = (first * cos - second * sin, second * cos + first * sin)
-            return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
-
-        return turn(q), turn(k)
+    def _table(self, positions: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, 1, T, rotary_dim / 2), kept on the positions: all layers of a forward share them."""
+        tables = positions.__dict__.setdefault("_rope_tables", {})
+        key = (rotary_dim, self.base, dtype, positions._version)
+        if key not in tables:
+            steps = torch.arange(0, rotary_dim, 2, dtype=dtype, device=positions.device)
+            angles = positions[:, None, :, None].to(dtype) * (1.0 / self.base ** (steps / rotary_dim))
+            tables[key] = angles.cos(), angles.sin()
+        return tables[key]
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,9 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
             else:
                 position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
+        positions = position_ids.expand(B, T)
         for layer, state in zip(self.layers, states, strict=True):
-            x = layer(x, positions=position_ids.expand(B, T), mask=mask, state=state)
+            x = layer(x, positions=positions, mask=mask, state=state)
         return self.norm(x)
 
     def forward(

@@ -92,8 +92,9 @@ def _direct(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, window: int 
     Hk, S = k.shape[1], k.shape[2]
     rows = q.reshape(B, Hk, H // Hk * T, d) * d**-0.5
     with torch.autocast(q.device.type, enabled=False):
-        scores = (rows @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32))
-        scores = scores.view(B, H, T, S)
+        # Keys on the left, read in their own order: q @ kᵀ takes four times as long in bf16 on a CPU.
+        scores = (k @ rows.transpose(2, 3)).transpose(2, 3)  # (B, Hk, H/Hk·T, S)
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32)).reshape(B, H, T, S)
         if T > 1 or slopes is not None or mask is not None or (window is not None and window < S):
             scores = scores + additive_mask(T, S, slopes, window, mask, q)
         weights = scores.softmax(dim=-1).to(v.dtype)

@@ -65,18 +65,22 @@ class PythiaLayer(Layer):
         self.mlp = MLP(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: KeyValueState | None) -> Tensor:  # type: ignore[override]
-        q, k, v = self._project(x)
-        q, k = self.position.rotate(q, k, positions)
+        qk, v = self._project(x)
+        q, k = self._split(self.position.rotate(qk, positions))
         if state is not None:
             k, v, mask = state.update(k, v, mask)
         slopes = self.position.slopes(self.num_heads, x.device)
         mixed = causal_attention(q, k, v, slopes=slopes, window=self.window, mask=mask)
         return self._finish(x, mixed)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, d), keys and values (B, Hk, T, d)."""
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys together (B, H + Hk, T, d), as both are rotated, and values (B, Hk, T, d)."""
         heads = self.qkv(self.norm_attention(x)).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-        return heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+
+    def _split(self, qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, T, d) and keys (B, Hk, T, d)."""
+        return qk.split([self.num_heads, self.num_kv_heads], dim=1)
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Output projection of the mixed values (B, H, T, d), MLP, and the residual."""
@@ -86,10 +90,10 @@ class PythiaLayer(Layer):
         return KeyValueState(window=self.window)
 
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = self._project(x)
+        qk, v = self._project(x)
         if isinstance(self.position, RotaryPosition):
-            rotary_dim, base = self.position.rotary_dim(self.head_size), self.position.base
-            q, k = reference.rope(q, positions, rotary_dim, base), reference.rope(k, positions, rotary_dim, base)
+            qk = reference.rope(qk, positions, self.position.rotary_dim(self.head_size), self.position.base)
+        q, k = self._split(qk)
         slopes = self.position.slopes(self.num_heads, x.device)
         return self._finish(x, reference.attention(q, k, v, slopes=slopes, window=self.window, mask=mask))
 
