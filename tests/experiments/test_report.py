@@ -32,6 +32,7 @@ def invalidate(results, model="pythia_alibi"):
         if row["model"] == model:
             row |= {"valid": False, "test_ppl": 1.5}
             row["checks"][0] |= {"passed": False, "detail": "changing token 17 changes logit 16"}
+            row["checks"][2] |= {"passed": None, "detail": "not judged: 'causality' fails"}
     return results
 
 
@@ -191,6 +192,7 @@ def test_an_invalid_model_is_unmistakable_and_wins_nothing(tmp_path):
     html = report(tmp_path, results).read_text()
     assert "INVALID: pythia_alibi." in html
     assert "changing token 17 changes logit 16" in html
+    assert '<td class="not-judged">not judged</td>' in html
     assert "pythia\\_alibi **INVALID**" in (tmp_path / "report.md").read_text()
     said = words.headline(results, summarise(results))
     assert said.startswith("None of the other models has a lower test perplexity than the baseline pythia")

@@ -27,12 +27,14 @@ Results = dict[str, Any]
 Row = dict[str, Any]
 
 TEXT, NUMBER, RECORD, LIST, FLAG = "text", "a number", "an object", "a list", "true or false"
+OUTCOME = "true, false or null (not judged)"
 PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     TEXT: (str,),
     NUMBER: (int, float),
     RECORD: (dict,),
     LIST: (list,),
     FLAG: (bool,),
+    OUTCOME: (bool, type(None)),
 }
 TOP_FIELDS = {
     **dict.fromkeys(("name", "command", "baseline", "created", "version"), TEXT),
@@ -52,7 +54,7 @@ NULLABLE_ROW_FIELDS = {
     **dict.fromkeys(("ppl_by_position", "curve"), LIST),
 }
 ITEM_FIELDS = {
-    "checks": {"name": TEXT, "passed": FLAG, "detail": TEXT},
+    "checks": {"name": TEXT, "passed": OUTCOME, "detail": TEXT},
     "ppl_by_position": {"from": NUMBER, "to": NUMBER},
     "curve": {"tokens": NUMBER},
 }

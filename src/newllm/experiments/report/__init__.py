@@ -179,8 +179,9 @@ def check_row(summary: ModelSummary, names: list[str]) -> dict[str, Any]:
     outcomes, problems = [], []
     for name in names:
         found = [(row["seed"], check) for row in summary.rows for check in row["checks"] if check["name"] == name]
-        failed = [(seed, check) for seed, check in found if not check["passed"]]
-        outcomes.append("fail" if failed else "pass" if found else "not run")
+        failed = [(seed, check) for seed, check in found if check["passed"] is False]
+        passed = bool(found) and all(check["passed"] for _, check in found)
+        outcomes.append("fail" if failed else "pass" if passed else "not judged")
         if failed:
             seeds = words.join([str(seed) for seed, _ in failed])
             problems.append(f"{name}, seed{'s' if len(failed) > 1 else ''} {seeds}: {failed[0][1]['detail']}")

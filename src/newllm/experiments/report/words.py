@@ -137,13 +137,14 @@ def _checks(results: Results, summaries: list[ModelSummary]) -> str:
             f"{join(invalid)}: INVALID. The causality check failed: the model sees the tokens it should predict, and "
             "its perplexity means nothing. It is left out of every comparison."
         )
-    failing = [s.model for s in summaries if s.valid and not all(c["passed"] for row in s.rows for c in row["checks"])]
+    failing = [s.model for s in summaries if s.valid and any(c["passed"] is False for r in s.rows for c in r["checks"])]
     if failing:
         said.append(f"A check other than causality failed for {join(failing)}; see below.")
     if unmeasured := [s.model for s in summaries if s.valid and not s.values[LEAD.key]]:
         said.append(f"{join(unmeasured)}: no test perplexity, the loss is not a finite number.")
     if not said and summaries:
-        said.append("Every model passes every check.")
+        judged = all(check["passed"] for s in summaries for row in s.rows for check in row["checks"])
+        said.append("Every model passes every check." if judged else "No check failed; not every one was judged.")
     if results["failed"]:
         said.append(f"{capitalised(count(len(results['failed']), 'run'))} failed; see below.")
     return " ".join(said)
