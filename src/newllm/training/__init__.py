@@ -1,0 +1,17 @@
+"""Training on the Hugging Face Trainer, exact to resume."""
+
+from newllm.training.callbacks import TrainProgress
+from newllm.training.devices import autocast, machine_info, resolve_device, resolve_precision, set_threads
+from newllm.training.trainer import TrainResult, new_model, train
+
+__all__ = [
+    "TrainProgress",
+    "TrainResult",
+    "autocast",
+    "machine_info",
+    "new_model",
+    "resolve_device",
+    "resolve_precision",
+    "set_threads",
+    "train",
+]

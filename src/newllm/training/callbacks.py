@@ -1,0 +1,200 @@
+"""What happens between two optimizer steps: when to log, evaluate, save and stop, and what the user sees of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from newllm.settings import RunSettings, UserError
+from newllm.training.checkpoints import INCOMPLETE
+
+LOG_POINTS, LONGEST_LOG_WINDOW = 100, 25  # points of a loss curve, and the most steps one of them averages
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """Where a run stands; sent after every optimizer step."""
+
+    model: str
+    seed: int
+    step: int
+    total_steps: int
+    tokens: int
+    loss: float | None
+    """Training loss in nats per token, mean over the last log window."""
+    val_loss: float | None
+    tokens_per_second: float
+    """Of this process, evaluations and checkpoints included."""
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps at which a run logs and evaluates: a function of the settings alone, so that a resumed run agrees."""
+
+    total_steps: int
+    log_every: int
+    evaluation_steps: frozenset[int]
+
+    @classmethod
+    def of(cls, total_steps: int, settings: RunSettings) -> Schedule:
+        evaluations = settings.evaluations or 1
+        if settings.epochs is not None:
+            evaluations = max(evaluations, math.ceil(settings.epochs))
+        steps = {max(1, round(index * total_steps / evaluations)) for index in range(1, evaluations + 1)}
+        log_every = min(max(1, total_steps // LOG_POINTS), LONGEST_LOG_WINDOW)
+        return cls(total_steps, log_every, frozenset(steps))
+
+
+def evaluations_without_progress(log_history: list[dict[str, Any]]) -> int:
+    """How many evaluations have passed since the best validation loss.
+
+    Read from the log rather than counted, so that there is no counter to restore.
+    """
+    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def out_of_patience(log_history: list[dict[str, Any]], settings: RunSettings) -> bool:
+    return bool(settings.patience) and evaluations_without_progress(log_history) >= (settings.patience or 0)
+
+
+class FlowCallback(TrainerCallback):
+    """Decides after each step whether to log, evaluate, save or stop (takes the place of DefaultFlowCallback).
+
+    A checkpoint is only written where the log window ends: the Trainer's running loss is then zero, so that there is
+    nothing of it to save, and a resumed run logs exactly what an uninterrupted one does.
+    """
+
+    def __init__(self, settings: RunSettings, schedule: Schedule, precision: str) -> None:
+        self.settings, self.schedule, self.precision = settings, schedule, precision
+        self.interrupted = False
+        self.last_save = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        step = state.global_step
+        control.should_evaluate = step in self.schedule.evaluation_steps
+        control.should_log = control.should_evaluate or self.interrupted or step % self.schedule.log_every == 0
+        due = time.monotonic() - self.last_save >= 60 * self.settings.checkpoint_minutes
+        control.should_save = control.should_evaluate or self.interrupted or (control.should_log and due)
+        control.should_training_stop = self.interrupted or step >= self.schedule.total_steps
+        return control
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        entry = state.log_history[-1]
+        for key, what in (("loss", "training loss"), ("eval_loss", "validation loss")):
+            if key in entry and not math.isfinite(entry[key]):
+                raise UserError(
+                    f"{self.settings.model}: the {what} is {entry[key]} at step {state.global_step} "
+                    f"(lr {self.settings.lr:g}, {self.precision}): try a lower --lr, a longer --warmup-ratio "
+                    "or --precision float32; the last checkpoint is kept"
+                )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if out_of_patience(state.log_history, self.settings):
+            control.should_training_stop = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.last_save = time.monotonic()
+
+    @contextlib.contextmanager
+    def saving_on_interrupt(self) -> Iterator[None]:
+        """Ctrl-C lets the step end, saves, and only then raises KeyboardInterrupt; a second one does not wait."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+            yield
+            return
+
+        def interrupt(signum: int, frame: Any) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
+class MetricsCallback(TrainerCallback):
+    """metrics.jsonl: one JSON object a line, `train_loss` or `val_loss` in nats per token, by step.
+
+    A resumed run writes the file anew from the checkpoint's history, so no step is lost or there twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        staging = self.path.with_name(self.path.name + INCOMPLETE)
+        staging.write_text("".join(metrics_line(entry) for entry in state.log_history))
+        staging.replace(self.path)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(metrics_line(state.log_history[-1]))
+
+
+def metrics_line(entry: dict[str, Any]) -> str:
+    """An entry of the Trainer's log as a line of metrics.jsonl; its closing summary gives no line."""
+    names = {"loss": "train_loss", "eval_loss": "val_loss"}
+    if not names.keys() & entry.keys():
+        return ""
+    order = ("step", "tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds")
+    return json.dumps({names.get(key, key): entry[key] for key in order if key in entry}) + "\n"
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells the caller after every step where the run stands."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        schedule: Schedule,
+        tokens_per_step: int,
+        on_progress: Callable[[TrainProgress], None],
+    ) -> None:
+        self.settings, self.schedule, self.tokens_per_step = settings, schedule, tokens_per_step
+        self.on_progress = on_progress
+        self.start, self.first_step = time.monotonic(), 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.start, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        steps_per_second = (state.global_step - self.first_step) / seconds
+        history = state.log_history
+        self.on_progress(
+            TrainProgress(
+                model=self.settings.model,
+                seed=self.settings.seed,
+                step=state.global_step,
+                total_steps=self.schedule.total_steps,
+                tokens=state.global_step * self.tokens_per_step,
+                loss=next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+                val_loss=next((entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry), None),
+                tokens_per_second=steps_per_second * self.tokens_per_step,
+                seconds_left=(self.schedule.total_steps - state.global_step) / steps_per_second,
+            )
+        )

@@ -1,0 +1,123 @@
+"""Checkpoints that survive `kill -9`, and the files of a run folder.
+
+A folder counts only under its final name: everything is written to `….incomplete` and then renamed, which the file
+system does at once or not at all. Whatever still carries that suffix when a run starts is the rest of a killed run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from newllm.settings import RunSettings, UserError, to_yaml
+
+INCOMPLETE = ".incomplete"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@contextlib.contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A staging folder to write into; it becomes `folder` when the block ends without an error."""
+    staging = folder.with_name(folder.name + INCOMPLETE)
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+    except (OSError, RuntimeError, SafetensorError) as error:  # each writer reports a full disk in its own way
+        full = disk_full(error, folder.parent)
+        shutil.rmtree(staging, ignore_errors=True)
+        if full:
+            raise UserError(
+                f"no space left on the disk of {folder.parent}: free some and run the same command again; "
+                "what was complete is kept"
+            ) from error
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+def disk_full(error: Exception, folder: Path) -> bool:
+    """torch.save hides the cause of a failed write, so the free space decides where the message does not."""
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / f"checkpoint-{step}"
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    steps = [int(match[1]) for path in run_folder.iterdir() if (match := CHECKPOINT.fullmatch(path.name))]
+    return [checkpoint_folder(run_folder, step) for step in sorted(steps)]
+
+
+def remove_incomplete(run_folder: Path) -> None:
+    """Removes what a killed run had begun to write or to remove."""
+    for path in run_folder.glob("*" + INCOMPLETE):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def remove_except(run_folder: Path, keep: set[int]) -> None:
+    """Removes every checkpoint but those of the given steps.
+
+    A half-removed folder must not look complete, so it is renamed before its files go.
+    """
+    for path in checkpoints(run_folder):
+        if path not in {checkpoint_folder(run_folder, step) for step in keep}:
+            shutil.rmtree(path.rename(path.with_name(path.name + INCOMPLETE)))
+
+
+def read_result(run_folder: Path) -> dict[str, Any]:
+    """The run's result.json, or {} before the run has begun."""
+    path = run_folder / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_result(run_folder: Path, result: dict[str, Any]) -> None:
+    write_whole(run_folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a text file so that a reader, or a kill, sees the old or the new one and never a part."""
+    staging = path.with_name(path.name + INCOMPLETE)
+    try:
+        staging.write_text(text, encoding="utf-8")
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        if disk_full(error, path.parent):
+            raise UserError(
+                f"no space left on the disk of {path.parent}: free some, run the same command again"
+            ) from error
+        raise
+    staging.replace(path)
+
+
+def claim_run_folder(run_folder: Path, settings: RunSettings, data_fingerprint: str) -> dict[str, Any]:
+    """Makes the folder that of this run, and returns its result.json so far.
+
+    The same settings on the same data continue where they were. Anything else is another run: its folder is kept
+    once as `NAME~old`, since it may hold hours of training.
+    """
+    identity = {"model": settings.model, "seed": settings.seed, "hash": settings.hash(), "data": data_fingerprint}
+    result = read_result(run_folder)
+    if any(result.get(key) != value for key, value in identity.items()):
+        if run_folder.exists() and any(run_folder.iterdir()):
+            old = run_folder.with_name(run_folder.name + "~old")
+            shutil.rmtree(old, ignore_errors=True)
+            run_folder.rename(old)
+        run_folder.mkdir(parents=True, exist_ok=True)
+        result = identity
+        write_result(run_folder, result)
+    write_whole(run_folder / "config.yaml", to_yaml(settings))
+    remove_incomplete(run_folder)
+    return result

@@ -1,0 +1,297 @@
+"""Training of one model: the Hugging Face Trainer, made exact to resume, in a run folder.
+
+What is ours: one data order for the whole run, autocast and validation loss by the functions that evaluation uses too,
+checkpoints that are complete or not there, and the schedule of `callbacks.FlowCallback`. The rest is the Trainer's:
+the step itself, clipping, accumulation, the optimizer's and the learning rate's state, DDP through accelerate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
+from torch.utils.data import Dataset, Sampler
+from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
+
+from newllm.data.windows import WindowDataset
+from newllm.evaluation.perplexity import token_weighted_loss
+from newllm.models import TransformerLM, create_model
+from newllm.settings import RunSettings, UserError
+from newllm.training.callbacks import (
+    FlowCallback,
+    MetricsCallback,
+    ProgressCallback,
+    Schedule,
+    TrainProgress,
+    out_of_patience,
+)
+from newllm.training.checkpoints import (
+    checkpoint_folder,
+    checkpoints,
+    claim_run_folder,
+    complete_folder,
+    remove_except,
+    write_result,
+)
+from newllm.training.devices import autocast, resolve_device, resolve_precision, set_threads
+
+if TYPE_CHECKING:
+    from newllm.data import PreparedData, TokenFile
+
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training run says about itself."""
+
+    tokens: int
+    """Training tokens seen, up to the last step."""
+    steps: int
+    seconds: float
+    """Wall time of all steps, evaluations and checkpoints, over every continuation of the run."""
+    best_val_loss: float
+    """Validation loss, in nats per token, of the weights kept in model/."""
+    best_step: int
+    tokens_per_second: float
+    """tokens / seconds: noisy; `newllm.evaluation.efficiency` measures the speed alone."""
+    stopped_early: bool
+
+
+class RunSampler(Sampler[int]):
+    """The data order of a whole run: a new permutation of the windows for every pass, all from one seed.
+
+    The Trainer sees one long epoch. So a batch may span two passes (no short batches), and a resumed run finds its
+    place by counting batches, with nothing to restore.
+    """
+
+    def __init__(self, num_windows: int, num_samples: int, seed: int) -> None:
+        self.num_windows, self.num_samples, self.seed = num_windows, num_samples, seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for start in range(0, self.num_samples, self.num_windows):
+            order = torch.randperm(self.num_windows, generator=generator).tolist()
+            yield from order[: self.num_samples - start]
+
+
+class LMTrainer(Trainer):
+    """The Hugging Face Trainer with this project's data order, precision, validation loss and checkpoints."""
+
+    def __init__(
+        self, *, settings: RunSettings, schedule: Schedule, validation: TokenFile, tokens_per_step: int, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.settings, self.schedule, self.validation = settings, schedule, validation
+        self.tokens_per_step = tokens_per_step
+        self.precision = resolve_precision(settings, self.args.device)
+        self.flow = FlowCallback(settings, schedule, self.precision)
+        self.seconds_before, self.started = 0.0, time.monotonic()
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(DefaultFlowCallback)
+        self.add_callback(self.flow)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunSampler:
+        windows = len(self.train_dataset)  # type: ignore[arg-type]
+        samples_per_step = self.tokens_per_step // self.settings.seq_length  # type: ignore[operator]
+        return RunSampler(windows, self.schedule.total_steps * samples_per_step, self.settings.seed)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Matrices, embeddings among them; not biases, norms and gates, which are vectors."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """Our own autocast instead of accelerate's, which would patch the model's forward and upcast its outputs."""
+        return autocast(self.args.device, self.precision)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not reported, and counting parameters in every step costs time."""
+        return 0
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The validation loss, by the same function as the final evaluation."""
+        metrics = {"eval_loss": token_weighted_loss(self.model, self.validation, self.settings)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs["tokens"] = self.state.global_step * self.tokens_per_step
+        logs["seconds"] = round(self.seconds_before + time.monotonic() - self.started, 3)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As the Trainer's, but complete or not there; keeps this checkpoint and the best one."""
+        folder = Path(self.args.output_dir)
+        with complete_folder(checkpoint_folder(folder, self.state.global_step)) as staging:
+            save_weights(self.model, str(staging / WEIGHTS))
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_rng_state(str(staging))
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        remove_except(folder, {self.state.global_step, self.state.best_global_step or 0})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Strict, where the Trainer's own leaves a weight it does not find as it was initialised."""
+        load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def run(self, checkpoint: Path | None) -> TrainerState:
+        """Trains to the end, from a checkpoint where there is one.
+
+        The Trainer reads optimizer and random state of a checkpoint with torch.load(weights_only=True): the files are
+        this run's own, in the user's own folder.
+        """
+        self.started = time.monotonic()
+        if checkpoint is not None:
+            self.seconds_before = read_state(checkpoint).log_history[-1]["seconds"]
+        with self.flow.saving_on_interrupt():
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return self.state
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def total_steps(settings: RunSettings, num_windows: int, samples_per_step: int) -> int:
+    """The budget in optimizer steps: never more than --max-tokens, else all of samples × epochs."""
+    if settings.max_tokens is not None:
+        return max(1, settings.max_tokens // (samples_per_step * settings.seq_length))  # type: ignore[operator]
+    return max(1, math.ceil(num_windows * (settings.epochs or 1) / samples_per_step))
+
+
+def training_arguments(settings: RunSettings, folder: Path, steps: int) -> TrainingArguments:
+    device = resolve_device(settings)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,  # type: ignore[arg-type]
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        optim="adamw_torch_fused",
+        learning_rate=settings.lr,  # type: ignore[arg-type]
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type="cosine_warmup_with_min_lr",  # the variant whose first step has a learning rate above 0
+        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
+        warmup_steps=settings.warmup_ratio,  # below 1 it is a share of all steps
+        metric_for_best_model="loss",
+        save_strategy="steps",  # our FlowCallback decides when; with "no" the Trainer would not note the best step
+        seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        report_to=list(settings.report_to) or "none",
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        average_tokens_across_devices=False,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+    )
+    if arguments.parallel_mode.value == "not_distributed":
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # one process on several GPUs: DataParallel would alter the batch
+    return arguments
+
+
+def train(
+    settings: RunSettings,
+    data: PreparedData,
+    folder: Path,
+    on_progress: Callable[[TrainProgress], None] | None = None,
+) -> TrainResult:
+    """Trains settings.model on the training split, or continues where an interrupted call stopped.
+
+    folder receives config.yaml, metrics.jsonl, model/ (best weights by validation loss, tokenizer) and, in
+    result.json under "training", the returned result; a second call returns that. settings must be resolved.
+    Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
+    """
+    result = claim_run_folder(folder, settings, data.fingerprint)
+    if "training" not in result:
+        result |= {"training": asdict(_train(settings, data, folder, on_progress))}
+        write_result(folder, result)
+    remove_except(folder, set())
+    return TrainResult(**result["training"])
+
+
+def _train(
+    settings: RunSettings,
+    data: PreparedData,
+    folder: Path,
+    on_progress: Callable[[TrainProgress], None] | None,
+) -> TrainResult:
+    transformers.utils.logging.disable_progress_bar()
+    set_threads(settings)
+    windows = WindowDataset(data.splits["train"], settings.seq_length, settings.samples, settings.seed)
+    if len(windows) == 0:
+        raise UserError(f"--data {settings.data}: the training split is shorter than one window of --seq-length tokens")
+    transformers.set_seed(settings.seed)
+    model = new_model(settings, data)
+    use_cache = model.config.use_cache
+
+    arguments = training_arguments(settings, folder, steps=1)
+    samples_per_step = arguments.train_batch_size * settings.gradient_accumulation * arguments.world_size
+    arguments.max_steps = total_steps(settings, len(windows), samples_per_step)
+    schedule = Schedule.of(arguments.max_steps, settings)
+    tokens_per_step = samples_per_step * settings.seq_length  # type: ignore[operator]
+    trainer = LMTrainer(
+        settings=settings,
+        schedule=schedule,
+        validation=data.splits["validation"],
+        tokens_per_step=tokens_per_step,
+        model=model,
+        args=arguments,
+        train_dataset=windows,
+        callbacks=[MetricsCallback(folder / "metrics.jsonl")],
+    )
+    if on_progress is not None:
+        trainer.add_callback(ProgressCallback(settings, schedule, tokens_per_step, on_progress))
+
+    complete = checkpoints(folder)
+    newest = complete[-1] if complete else None
+    state = read_state(newest) if newest is not None else None
+    if state is None or not (state.global_step >= schedule.total_steps or out_of_patience(state.log_history, settings)):
+        state = trainer.run(newest)
+
+    model.config.use_cache = use_cache  # the Trainer turns it off
+    best = checkpoint_folder(folder, state.best_global_step)  # type: ignore[arg-type]
+    load_weights(model, best / WEIGHTS)
+    with complete_folder(folder / "model") as staging:
+        model.save_pretrained(staging)
+        data.tokenizer.save_pretrained(staging)
+    seconds = state.log_history[-1]["seconds"]
+    tokens = state.global_step * tokens_per_step
+    return TrainResult(
+        tokens=tokens,
+        steps=state.global_step,
+        seconds=seconds,
+        best_val_loss=state.best_metric,  # type: ignore[arg-type]
+        best_step=state.best_global_step,  # type: ignore[arg-type]
+        tokens_per_second=tokens / seconds,
+        stopped_early=state.global_step < schedule.total_steps,
+    )
+
+
+def new_model(settings: RunSettings, data: PreparedData) -> TransformerLM:
+    """The untrained model of a run, as large as the settings say, for the tokenizer of the data."""
+    model = create_model(
+        settings.model,
+        hidden_size=settings.hidden_size,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        intermediate_size=settings.intermediate_size,
+        vocab_size=len(data.tokenizer),
+    )
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = data.tokenizer.eos_token_id
+    return model
