@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hyp
 from hypothesis import strategies as st
 
 from newllm.evaluation import perplexity as pp
@@ -89,7 +88,6 @@ def test_a_limit_scores_no_token_twice_and_comes_close(lengths, max_tokens):
     assert len(set(limited.first.tolist())) == len(limited)
 
 
-@hyp(max_examples=25, deadline=None)
 @given(lengths, st.integers(2, 12))
 def test_the_mean_is_token_weighted_and_every_plan_feeds_the_right_rows(lengths, seq_length):
     tokens, model = Tokens(lengths), Pairs()
@@ -108,7 +106,6 @@ def test_the_mean_is_token_weighted_and_every_plan_feeds_the_right_rows(lengths,
     assert result["segment_ppl"] == pytest.approx(result["ppl"])
 
 
-@hyp(max_examples=25, deadline=None)
 @given(lengths, st.integers(2, 40))
 def test_position_ranges_add_up_to_the_whole(lengths, seq_length):
     tokens = Tokens(lengths)

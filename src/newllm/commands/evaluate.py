@@ -34,7 +34,6 @@ def evaluate(folder: Path, tasks: list[str], settings: RunSettings) -> dict[str,
     """
     from newllm.data import prepare
     from newllm.evaluation.bands import ppl_band
-    from newllm.evaluation.efficiency import measure_all
     from newllm.evaluation.perplexity import evaluate as evaluate_perplexity
 
     settings = resolve(settings)
@@ -49,6 +48,8 @@ def evaluate(folder: Path, tasks: list[str], settings: RunSettings) -> dict[str,
             result["band"] = ppl_band(result["ppl"], tokens.num_bytes / len(tokens.ids))
             results[split] = result
     if "efficiency" in tasks:
+        from newllm.evaluation.efficiency import measure_all
+
         results["efficiency"] = measure_all([folder], settings)[0]
     return results
 

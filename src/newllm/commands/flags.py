@@ -52,6 +52,7 @@ class Parser(jsonargparse.ArgumentParser):
         )
         self.settings_class: type[CommonSettings] | None = None
         self.names: list[str] = []
+        self.where = ""  # the config file that complaints are about, while one is read
 
     def add_settings(self, cls: type[CommonSettings], only: tuple[type | str, ...] = ()) -> None:
         """A flag for every field of the dataclass, or for the fields of some of its bases and for single fields.
@@ -102,10 +103,10 @@ class Parser(jsonargparse.ArgumentParser):
         return self.settings_class(**(given | {name: namespace[name] for name in self.names}))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise self.user_error(message) from None
+        raise self._user_error(message) from None
 
-    def user_error(self, message: str, where: str = "") -> UserError:
-        """One line for a complaint of argparse or jsonargparse; `where` is the config file it is about."""
+    def _user_error(self, message: str) -> UserError:
+        """One line for a complaint of argparse or jsonargparse."""
         message = message.strip()
         if match := re.match(r"(?i)unrecognized arguments: (.*)", message):
             unknown = next((word for word in match[1].split() if word.startswith("-")), None)
@@ -119,11 +120,11 @@ class Parser(jsonargparse.ArgumentParser):
             given = value[1] if value else "?"
             assert self.settings_class is not None
             hint = get_type_hints(self.settings_class)[key]
-            name = f"{where}{key}" if where else flag(key)
+            name = f"{self.where}{key}" if self.where else flag(key)
             if choices := literal(hint):
                 return nearest(given, choices, name)
             return UserError(f"{name} is {given!r}: it must be {in_words(hint)}")
-        return UserError(f"{where}{message.splitlines()[0]} (see {self.prog} --help)")
+        return UserError(f"{self.where}{message.splitlines()[0]} (see {self.prog} --help)")
 
 
 def flag(name: str) -> str:
@@ -245,10 +246,8 @@ def check_config(values: dict[str, Any], cls: type[CommonSettings], where: str) 
             raise UserError(f"{where}{key} is {value!r}: it must be a list, such as [{value}]")
     parser = Parser("")
     parser.add_settings(cls)
-    try:
-        checked = parser.parse_object(values, defaults=False)
-    except (argparse.ArgumentError, UserError) as error:
-        raise parser.user_error(str(error), where) from None
+    parser.where = where
+    checked = parser.parse_object(values, defaults=False)
     return {key: checked[key] for key in values}
 
 
@@ -256,7 +255,7 @@ def print_config(settings: CommonSettings) -> None:
     """The settings as YAML, each under its description."""
     docs = field_docs(type(settings))
     for name, value in dataclasses.asdict(settings).items():
-        text = yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=None, width=10**6)
+        text = yaml.safe_dump({name: value}, allow_unicode=True, width=10**6)
         sys.stdout.write(f"# {docs[name]}\n{text}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenizerBase]:
     """The model and tokenizer of a folder; or an untrained model by name, which is said on standard error."""
+    folder = Path(settings.model)
+    if folder.name != settings.model and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     import transformers
 
     from newllm.data import prepare
@@ -26,7 +30,6 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
 
     device = resolve_device(settings)
     set_threads(settings)
-    folder = Path(settings.model)
     if folder.is_dir():
         plugin = settings.plugin or run_config(folder).get("plugin")
         if plugin is not None:
@@ -34,8 +37,6 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
         model = load_model(folder)
         tokenizer = load_tokenizer(str(model_folder(folder)))
     else:
-        if folder.name != settings.model:
-            raise UserError(f"{folder}: no such folder")
         if settings.plugin is not None:
             load_plugin(settings.plugin)
         check_model_spec(settings.model)
@@ -59,3 +60,13 @@ def run_config(folder: Path | str) -> dict[str, Any]:
     """config.yaml of a run folder; {} for a model folder."""
     path = Path(folder) / "config.yaml"
     return read_yaml(path) if path.is_file() else {}
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a result folder before any work is done. Raises UserError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot make this folder: {(error.strerror or str(error)).lower()}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {folder}: no permission to write there")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from newllm.commands.folders import make_folder
 from newllm.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def train(settings: RunSettings, out: str | None) -> None:
         intermediate_size=settings.intermediate_size,
     )
     folder = Path(out) if out is not None else default_folder(settings)
+    make_folder(folder)
     data = prepare(settings, print)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, TimeRemainingColumn()) as display:

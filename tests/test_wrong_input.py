@@ -1,0 +1,242 @@
+"""Wrong input of many kinds: exit code 2 and exactly one line on stderr that says what, and what would be valid."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+
+from newllm import cli
+
+SHAPE = {"hidden-size": 16, "num-layers": 1, "num-heads": 2, "intermediate-size": 16}
+TEXT = {"vocab-size": 270, "seq-length": 16}
+SHORT = {"max-tokens": 2000, "batch-size": 4, "evaluations": 1, "sliding-window": 16, "sliding-stride": 8}
+SENTENCES = [f"Document {n}: the cat sat on mat {n * n} and looked at the dog. " * 8 for n in range(40)]
+
+
+def as_flags(**values) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+@dataclass
+class Place:
+    """A folder to put wrong files into."""
+
+    folder: Path
+
+    def file(self, name: str, content: str | bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    def empty_folder(self, name: str) -> str:
+        (self.folder / name).mkdir()
+        return str(self.folder / name)
+
+    def texts(self) -> str:
+        return self.file("texts.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+
+    def config(self, content: str | bytes) -> list[str]:
+        return ["compare", "--config", self.file("my.yaml", content)]
+
+    def data(self, name: str, content: str | bytes) -> list[str]:
+        return ["data", "prepare", "--data", self.file(name, content)]
+
+    def train(self, *flags: str) -> list[str]:
+        return [
+            "train",
+            "--data",
+            self.texts(),
+            *as_flags(**SHAPE, **TEXT, **SHORT),
+            "--out",
+            str(self.folder / "run"),
+            *flags,
+        ]
+
+    def model(self, config: dict, weights: bytes) -> str:
+        self.file("model/config.json", json.dumps(config))
+        self.file("model/model.safetensors", weights)
+        return str(self.folder / "model")
+
+    def run(self) -> str:
+        assert cli.main(self.train()) == 0
+        return str(self.folder / "run")
+
+    def truncated_model(self) -> str:
+        run = self.run()
+        weights = Path(run) / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return run
+
+    def zst(self) -> bytes:
+        lines = "".join(json.dumps({"text": os.urandom(50).hex()}) + "\n" for _ in range(500))
+        return zstandard.compress(lines.encode())[:-200]
+
+
+NEOX = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}
+COMPARE = ["compare", "--out", "never"]
+
+# name: (command line, or a function of a Place that prepares files and gives it; what the line must contain)
+CASES = {
+    # commands and flags
+    "unknown command": (["comapre"], "did you mean 'compare'?"),
+    "unknown option before a command": (["--verison"], "did you mean '--version'?"),
+    "unknown command of a group": (["data", "shwo"], "did you mean 'show'?"),
+    "misspelt flag": ([*COMPARE, "--max-tokns", "5"], "unknown option '--max-tokns': did you mean '--max-tokens'?"),
+    "flag with underscore": ([*COMPARE, "--max_tokens=5"], "did you mean '--max-tokens'?"),
+    "abbreviated flag": ([*COMPARE, "--hidden", "64"], "unknown option '--hidden'"),
+    "stray argument": (["report", "folder", "another"], "unexpected argument 'another'"),
+    "flag without its value": (["compare", "--out"], "--out: expected one argument"),
+    "missing argument": (["generate"], "required: model"),
+    "text for a whole number": (
+        [*COMPARE, "--max-tokens", "many"],
+        "--max-tokens is 'many': it must be a whole number",
+    ),
+    "fraction for a whole number": (
+        [*COMPARE, "--batch-size", "2.5"],
+        "--batch-size is '2.5': it must be a whole number",
+    ),
+    "text for a number": ([*COMPARE, "--lr", "high"], "--lr is 'high': it must be a number"),
+    "neither true nor false": ([*COMPARE, "--efficiency", "perhaps"], "it must be true or false"),
+    "no such choice": ([*COMPARE, "--precision", "bf17"], "unknown --precision 'bf17': did you mean 'bf16'?"),
+    "no such choice in a list": ([*COMPARE, "--report-to", "wandbb"], "did you mean 'wandb'?"),
+    "text in a list of numbers": ([*COMPARE, "--seeds", "0", "one"], "--seeds is 'one': it must be a whole number"),
+    # values
+    "negative budget": ([*COMPARE, "--max-tokens", "-5"], "--max-tokens is -5: it must be greater than 0"),
+    "zero batch": ([*COMPARE, "--batch-size", "0"], "--batch-size is 0: it must be greater than 0"),
+    "learning rate not a number": (lambda p: p.config("lr: .nan"), "--lr is nan: it must be greater than 0"),
+    "share beyond 1": ([*COMPARE, "--warmup-ratio", "1.5"], "--warmup-ratio is 1.5: it must lie in [0, 1)"),
+    "hidden size not divisible": ([*COMPARE, "--hidden-size", "250"], "--hidden-size 250 does not divide"),
+    "unknown scale": ([*COMPARE, "--scale", "smal"], "unknown scale 'smal': did you mean 'small'?"),
+    "no models": (["compare", "--models"], "--models is empty"),
+    "a model twice": ([*COMPARE, "--models", "gqa", "gqa"], "--models names a model twice"),
+    "a seed twice": ([*COMPARE, "--seeds", "1", "1"], "each only once"),
+    "unknown device": (lambda p: p.train("--device", "tpu"), "must be auto, cpu or cuda"),
+    "no such device": (lambda p: p.train("--device", "cuda"), "torch finds no CUDA GPU"),
+    # models
+    "unknown preset": (lambda p: p.train("--model", "pythai"), "unknown model 'pythai': did you mean 'pythia'?"),
+    "unknown layer option": (lambda p: p.train("--model", "gqa:num_kv_heds=1"), "did you mean 'num_kv_heads'?"),
+    "layer option without value": (lambda p: p.train("--model", "gqa:window"), "write options as name=value"),
+    "key/value heads that do not divide": (lambda p: p.train("--model", "gqa:num_kv_heads=3"), "num_kv_heads 3"),
+    "unknown position encoding": (lambda p: p.train("--model", "pythia:position=ropee"), "'ropee'"),
+    # config files
+    "no config of that name": (["compare", "--config", "nosuchconfig"], "unknown config 'nosuchconfig'"),
+    "no config file": (["compare", "--config", "folder/none.yaml"], "folder/none.yaml: no such file"),
+    "misspelt key": (
+        lambda p: p.config("max_tokns: 5"),
+        "my.yaml: unknown setting 'max_tokns': did you mean 'max_tokens'?",
+    ),
+    "invalid YAML": (lambda p: p.config("models: [pythia\nseeds: 3"), "my.yaml, line 2: not valid YAML"),
+    "YAML without keys": (lambda p: p.config("just a sentence"), "a YAML mapping of settings is needed"),
+    "wrong type in YAML": (lambda p: p.config("max_tokens: many"), "max_tokens is 'many': it must be a whole number"),
+    "no list in YAML": (lambda p: p.config("models: pythia"), "models is 'pythia': it must be a list"),
+    "config not UTF-8": (lambda p: p.config(b"name: \xff\xfe"), "not UTF-8 text"),
+    # data
+    "no such file": (["data", "prepare", "--data", "nothing.txt"], "nothing.txt: no such file or folder"),
+    "empty file": (lambda p: p.data("empty.txt", ""), "no text in it"),
+    "empty folder": (
+        lambda p: ["data", "show", "--data", p.empty_folder("texts")],
+        "no file in this folder ends in .txt",
+    ),
+    "unknown kind of file": (lambda p: p.data("letter.docx", "x"), "cannot read this kind of file; supported: .txt"),
+    "bad line": (lambda p: p.data("a.jsonl", '{"text": "a"}\n{"text": \n'), "a.jsonl, line 2: not valid JSON"),
+    "no text field": (lambda p: p.data("a.jsonl", '{"body": "a"}\n'), "no field 'text'; fields: body"),
+    "text not UTF-8": (lambda p: p.data("a.txt", b"caf\xe9 " * 999), "not UTF-8 text (byte 3)"),
+    "truncated zst": (lambda p: p.data("a.jsonl.zst", p.zst()), "truncated zstd file"),
+    "damaged zst": (lambda p: p.data("a.jsonl.zst", b"no zstd at all"), "damaged zstd file"),
+    "broken parquet": (lambda p: p.data("a.parquet", b"PAR1 and then nothing"), "not a readable parquet file"),
+    "corpus too small": (lambda p: p.data("a.txt", "Just one sentence."), "too little text"),
+    "data set without network": (
+        ["data", "prepare", "--data", "hf:nobody/nothing"],
+        "cannot reach the Hugging Face hub",
+    ),
+    "the Pile without network": (["data", "prepare", "--data", "pile"], "cannot reach the Hugging Face hub"),
+    "tokenizer without network": (
+        lambda p: ["data", "prepare", "--data", p.texts(), "--tokenizer", "nobody/nothing"],
+        "use --tokenizer bpe",
+    ),
+    "folder without tokenizer": (
+        lambda p: ["data", "prepare", "--data", p.texts(), "--tokenizer", p.empty_folder("none")],
+        "this folder holds no tokenizer",
+    ),
+    "vocabulary too small": (lambda p: ["data", "prepare", "--vocab-size", "100"], "--vocab-size is 100"),
+    "cache is a file": (
+        lambda p: ["data", "prepare", "--data", p.texts(), *as_flags(**TEXT), "--cache-dir", p.file("cache", "")],
+        "choose another folder with --cache-dir",
+    ),
+    # plugins
+    "no plugin": (["check", "--plugin", "none.py"], "plugin none.py not found"),
+    "syntax error in plugin": (
+        lambda p: ["check", "--plugin", p.file("a.py", "x = 1\ndef f(:\n")],
+        "a.py, line 2: SyntaxError",
+    ),
+    "plugin without layers": (lambda p: ["check", "--plugin", p.file("a.py", "x = 1")], "registers no layer"),
+    "plugin that fails": (
+        lambda p: p.train("--plugin", p.file("a.py", "x = 1 / 0")),
+        "a.py, line 1: ZeroDivisionError",
+    ),
+    # saved models and results
+    "no model folder": (["generate", "runs/none", "--prompt", "a"], "runs/none: no such folder"),
+    "no run folder": (["evaluate", "runs/none"], "runs/none: no such folder"),
+    "folder without a model": (lambda p: ["check", p.empty_folder("none")], "expected a run folder"),
+    "model of another kind": (lambda p: ["check", p.model(NEOX, b"")], "holds a 'gpt_neox' model"),
+    "truncated weights": (lambda p: ["check", p.truncated_model()], "cannot load the model"),
+    "unknown task": (
+        lambda p: ["evaluate", p.empty_folder("run"), "--tasks", "perplexty"],
+        "did you mean 'perplexity'?",
+    ),
+    "no results": (lambda p: ["report", p.empty_folder("none")], "results.json does not exist"),
+    "truncated results": (
+        lambda p: ["report", str(Path(p.file("results.json", '{"name": "a", ')).parent)],
+        "perhaps cut off",
+    ),
+    "nothing to check": (["check"], "nothing to check: give a MODEL folder"),
+    # output
+    "run folder is a file": (lambda p: p.train("--out", p.file("taken", "")), "taken"),
+    "run folder below a file": (lambda p: p.train("--out", p.file("taken", "") + "/run"), "taken"),
+    # training and generation
+    "learning rate far too high": (lambda p: p.train("--lr", "1e30"), "the training loss is nan"),
+    "stride without context": (lambda p: ["evaluate", p.run(), "--sliding-stride", "16"], "--sliding-stride 16"),
+    "empty prompt": (["generate", "gqa", "--prompt", ""], "the prompt is empty"),
+    "prompt not UTF-8": (["generate", "gqa"], "standard input is not UTF-8"),
+    "negative temperature": (["generate", "gqa", "--prompt", "a", "--temperature", "-1"], "--temperature is -1.0"),
+    "top-p of 0": (["generate", "gqa", "--prompt", "a", "--top-p", "0"], "--top-p is 0.0"),
+    "no tokens to generate": (["generate", "gqa", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+}
+
+
+def assert_one_line(stderr: str, fragment: str) -> None:
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("newllm: error: ")
+    assert fragment in lines[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input(name, tmp_path, monkeypatch, capsys):
+    if name == "no such device" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path / "newllm-cache"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    command, fragment = CASES[name]
+    argv = command(Place(tmp_path)) if callable(command) else command
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    assert_one_line(capsys.readouterr().err, fragment)
+
+
+@pytest.mark.parametrize("name", ["unknown command", "misspelt key", "no such file", "no plugin", "no model folder"])
+def test_wrong_input_in_a_process_of_its_own(name, tmp_path):
+    command, fragment = CASES[name]
+    argv = command(Place(tmp_path)) if callable(command) else command
+    process = subprocess.run([sys.executable, "-m", "newllm.cli", *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert_one_line(process.stderr, fragment)
