@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from newllm.settings import RunSettings, UserError, to_yaml
@@ -100,6 +101,30 @@ def write_whole(path: Path, text: str) -> None:
             ) from error
         raise
     staging.replace(path)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a folder. The lock of a process that is no more is taken over.
+
+    The file NAME.lock stands beside the folder, since the folder itself may be renamed.
+    """
+    path = folder.with_name(folder.name + ".lock")
+    me = psutil.Process()
+    if path.is_file():
+        holder = json.loads(path.read_text())
+        # A process id is used again some day; together with the time of its start it is unique.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if holder["started"] == psutil.Process(holder["pid"]).create_time() and holder["pid"] != me.pid:
+                raise UserError(
+                    f"another newllm (process {holder['pid']}) works in {folder}: wait for it, or give another --out"
+                )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"pid": me.pid, "started": me.create_time()}))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def claim_run_folder(run_folder: Path, settings: RunSettings, data_fingerprint: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from newllm.training.checkpoints import (
     checkpoints,
     claim_run_folder,
     complete_folder,
+    lock,
     remove_except,
     write_result,
 )
@@ -216,11 +217,12 @@ def train(
     result.json under "training", the returned result; a second call returns that. settings must be resolved.
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
     """
-    result = claim_run_folder(folder, settings, data.fingerprint)
-    if "training" not in result:
-        result |= {"training": asdict(_train(settings, data, folder, on_progress))}
-        write_result(folder, result)
-    remove_except(folder, set())
+    with lock(folder):
+        result = claim_run_folder(folder, settings, data.fingerprint)
+        if "training" not in result:
+            result |= {"training": asdict(_train(settings, data, folder, on_progress))}
+            write_result(folder, result)
+        remove_except(folder, set())
     return TrainResult(**result["training"])
 
 

@@ -1,0 +1,100 @@
+"""One trained run as a row of results.json: what it is, how good, whether it keeps the contract, what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from newllm.evaluation.bands import ppl_band
+from newllm.evaluation.checks import check_model, is_causal
+from newllm.evaluation.perplexity import evaluate, perplexity
+from newllm.models import TransformerLM, load_model
+from newllm.models.layers.base import layer_type
+from newllm.settings import RunSettings
+from newllm.training import autocast, resolve_device, resolve_precision
+from newllm.training.trainer import TrainResult
+
+if TYPE_CHECKING:
+    from newllm.data import PreparedData
+
+# The sample is an illustration, not a measurement: a few lines to look at.
+SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 96
+
+
+def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: TrainResult) -> dict[str, Any]:
+    """Evaluates the model of a run folder. The speed and memory figures are added later, measured side by side.
+
+    The validation loss is that of the kept checkpoint, as training measured it. All other perplexities are of the test
+    split, which chose nothing.
+    """
+    model = load_model(folder).to(resolve_device(settings)).eval()  # type: ignore[arg-type]
+    validation, test = data.splits["validation"], data.splits["test"]
+    result = evaluate(model, test, settings)
+    checks = check_model(model)
+    return {
+        "model": settings.model,
+        "seed": settings.seed,
+        "layers": describe_layers(model),
+        "parameters": model.num_parameters(),
+        "tokens": training.tokens,
+        "steps": training.steps,
+        "seconds": training.seconds,
+        "stopped_early": training.stopped_early,
+        "best_step": training.best_step,
+        "val_loss": training.best_val_loss,
+        "val_ppl": perplexity(training.best_val_loss),
+        "bits_per_byte": training.best_val_loss / math.log(2) * len(validation.ids) / validation.num_bytes,
+        "test_loss": result["loss"],
+        "test_ppl": result["ppl"],
+        "test_bits_per_byte": result["bits_per_byte"],
+        "test_tokens": result["tokens"],
+        **{key: result[key] for key in ("ppl_by_position", "sliding_ppl", "sliding", "segment_ppl", "recall")},
+        "checks": [dataclasses.asdict(check) for check in checks],
+        "valid": is_causal(checks),
+        "ppl_band": ppl_band(result["ppl"], test.num_bytes / len(test.ids)),
+        "curve": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        "sample": sample(model, data, settings),
+        "hash": settings.hash(),
+    }
+
+
+def describe_layers(model: TransformerLM) -> str:
+    """'4 × pythia (num_kv_heads=2)': the layer types in order, with the options that are not the type's defaults."""
+    groups = [(spec, len(list(group))) for spec, group in itertools.groupby(model.config.layer_specs)]
+    return " + ".join(f"{count} × {describe_layer(spec)}" for spec, count in groups)
+
+
+def describe_layer(spec: dict[str, Any]) -> str:
+    parameters = inspect.signature(layer_type(spec["type"]).__init__).parameters
+    shape = ("type", "hidden_size", "num_heads", "intermediate_size")
+    options = {
+        key: value
+        for key, value in spec.items()
+        if key not in shape and (key not in parameters or value != parameters[key].default)
+    }
+    words = ", ".join(f"{key}={short(value)}" for key, value in options.items())
+    return f"{spec['type']} ({words})" if words else spec["type"]
+
+
+def short(value: Any) -> str:
+    """An option's value; {'type': 'alibi', 'slope': 0.0625} as 'alibi 0.0625'."""
+    return " ".join(short(item) for item in value.values()) if isinstance(value, dict) else str(value)
+
+
+def sample(model: TransformerLM, data: PreparedData, settings: RunSettings) -> str:
+    """The beginning of the test split, and how the model goes on."""
+    prompt = torch.from_numpy(data.splits["test"].ids[None, :SAMPLE_PROMPT].astype("int64")).to(model.device)
+    transformers.set_seed(settings.seed)
+    with torch.no_grad(), autocast(model.device, resolve_precision(settings, model.device)):
+        ids = model.generate(  # type: ignore[operator]
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50
+        )
+    return str(data.tokenizer.decode(ids[0].tolist(), skip_special_tokens=True))
