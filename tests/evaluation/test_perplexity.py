@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from newllm.evaluation import perplexity as pp
 from newllm.evaluation.bands import BANDS, REFERENCE_BYTES_PER_TOKEN, ppl_band
+from newllm.models import create_model
 from newllm.settings import RunSettings, UserError
 
 
@@ -161,3 +162,26 @@ def test_bands_hold_at_the_reference_and_scale_with_the_tokenizer():
     # with half the bytes per token, the same bits per byte are the square root of the perplexity
     assert ppl_band(math.sqrt(60), REFERENCE_BYTES_PER_TOKEN / 2)["band"] == "normal"
     assert ppl_band(math.nan, 3.0)["band"] == "not finite"
+
+
+def test_a_models_training_loss_and_its_evaluation_are_the_same_number():
+    """Over whole windows, the mean of the losses the Trainer minimises is the validation loss."""
+    model = create_model("pythia", hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, vocab_size=64)
+    tokens = Tokens([30, 1, 50])
+    tokens.ids = (tokens.ids * 7) % 64
+    config = settings(seq_length=10, eval_batch_size=4)
+    ids = torch.from_numpy(np.concatenate((tokens.ids[-1:], tokens.ids)).astype(np.int64))  # the separator, the split
+    windows = torch.stack([ids[start : start + 10] for start in range(0, 81, 9)])
+    training = model.train()(windows, labels=windows).loss
+    assert pp.token_weighted_loss(model, tokens, config) == pytest.approx(training.item(), abs=1e-5)
+
+
+def test_long_rows_see_only_their_own_window():
+    """Fresh state for each window: a model's loss on a window does not depend on the windows before it."""
+    model = create_model("pythia", hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, vocab_size=64)
+    first, second = Tokens([45]), Tokens([45])
+    first.ids, second.ids = first.ids % 64, second.ids % 64
+    second.ids[:20] = 5  # another beginning
+    window = pp.contiguous_spans(45, 10)[4:5]
+    losses = [next(pp.score(model, tokens.ids, window, settings(seq_length=10))).losses for tokens in (first, second)]
+    assert np.array_equal(*losses)

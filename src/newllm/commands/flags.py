@@ -57,33 +57,40 @@ class Parser(jsonargparse.ArgumentParser):
     def add_settings(self, cls: type[CommonSettings], only: tuple[type | str, ...] = ()) -> None:
         """A flag for every field of the dataclass, or for the fields of some of its bases and for single fields.
 
-        Flags are grouped by the base that declares them, the class's own group first.
+        Flags are grouped by the base that declares them, the class's own group first; single fields come last.
         """
         self.settings_class = cls
-        hints, docs = get_type_hints(cls), field_docs(cls)
-        scaled = {key for name in scale_names() for key in load_scale(name)}
+        single: list[dataclasses.Field] = []
         for base, title in groups(cls).items():
-            chosen = [f for f in own_fields(base) if not only or base in only or f.name in only]
-            if not chosen:
-                continue
-            group = self.add_argument_group(title, (inspect.getdoc(base) or "").split("\n")[0])
-            for f in chosen:
-                hint, default = hints[f.name], default_of(f)
-                several = get_origin(hint) is list
-                group.add_argument(
-                    flag(f.name),
-                    type=get_args(hint)[0] if several else hint,
-                    nargs="*" if several else None,
-                    default=default,
-                    metavar=metavar(hint),
-                    help=f"{docs[f.name]} {default_in_words(default, f.name in scaled)}".replace("%", "%%").rstrip(),
-                )
-                self.names.append(f.name)
+            if not only or base in only:
+                self._add_group(title, (inspect.getdoc(base) or "").split("\n")[0], own_fields(base))
+            else:
+                single += [f for f in own_fields(base) if f.name in only]
+        if single:
+            self._add_group("other", None, single)
         group = self.add_argument_group("config")
         group.add_argument("--config", metavar="NAME|FILE", help=config_help())
         group.add_argument(
             "--print_config", action="store_true", help="Print all settings as YAML for --config, and stop."
         )
+
+    def _add_group(self, title: str, about: str | None, chosen: list[dataclasses.Field]) -> None:
+        assert self.settings_class is not None
+        hints, docs = get_type_hints(self.settings_class), field_docs(self.settings_class)
+        scaled = {key for name in scale_names() for key in load_scale(name)}
+        group = self.add_argument_group(title, about)
+        for f in chosen:
+            hint, default = hints[f.name], default_of(f)
+            several = get_origin(hint) is list
+            group.add_argument(
+                flag(f.name),
+                type=get_args(hint)[0] if several else hint,
+                nargs="*" if several else None,
+                default=default,
+                metavar=metavar(hint),
+                help=f"{docs[f.name]} {default_in_words(default, f.name in scaled)}".replace("%", "%%").rstrip(),
+            )
+            self.names.append(f.name)
 
     def parse(self, argv: list[str], values: dict[str, Any] | None = None) -> jsonargparse.Namespace:
         """The flags, over the config file's values, over the given values, over the defaults."""

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from newllm.commands.folders import make_folder
 from newllm.settings import RunSettings
 
-if TYPE_CHECKING:
-    from newllm.training import TrainProgress
-
 
 def train(settings: RunSettings, out: str | None) -> None:
     """Trains, or continues, the run in its folder; settings must be resolved."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Console
 
     from newllm.data import prepare
     from newllm.evaluation.perplexity import perplexity
+    from newllm.experiments.progress import Display, duration
     from newllm.models import check_model_spec, load_plugin
     from newllm.training import resolve_device
     from newllm.training import train as run
+    from newllm.training.checkpoints import lock
 
     resolve_device(settings)
     if settings.plugin is not None:
@@ -35,23 +33,15 @@ def train(settings: RunSettings, out: str | None) -> None:
     )
     folder = Path(out) if out is not None else default_folder(settings)
     make_folder(folder)
-    data = prepare(settings, print)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, TimeRemainingColumn()) as display:
-        task = display.add_task(settings.model, total=None, figures="")
-
-        def show(progress: TrainProgress) -> None:
-            figures = [f"step {progress.step}/{progress.total_steps}", f"{progress.tokens_per_second:,.0f} tokens/s"]
-            if progress.loss is not None:
-                figures.append(f"loss {progress.loss:.3f}")
-            if progress.val_loss is not None:
-                figures.append(f"validation {progress.val_loss:.3f}")
-            display.update(task, completed=progress.step, total=progress.total_steps, figures=", ".join(figures))
-
-        result = run(settings, data, folder, show)
+    with lock(folder), Display(Console(), total_runs=1) as display:
+        data = prepare(settings, display.say)
+        display.start(0, settings)
+        result = run(settings, data, folder, display)
+        display.hide()
     print(
-        f"trained on {result.tokens:,} tokens in {result.seconds:,.0f} s: validation loss {result.best_val_loss:.4f}, "
-        f"perplexity {perplexity(result.best_val_loss):.2f}\nrun folder: {folder}"
+        f"trained on {result.tokens:,} tokens in {duration(result.seconds)}: "
+        f"validation loss {result.best_val_loss:.4f}, perplexity {perplexity(result.best_val_loss):.2f}\n"
+        f"run folder: {folder}"
     )
 
 
