@@ -60,6 +60,9 @@ class Place:
             *flags,
         ]
 
+    def compare(self, *flags: str) -> list[str]:
+        return ["compare", "--data", self.texts(), *as_flags(**SHAPE, **TEXT, **SHORT), "--models", "mqa", *flags]
+
     def model(self, config: dict, weights: bytes) -> str:
         self.file("model/config.json", json.dumps(config))
         self.file("model/model.safetensors", weights)
@@ -201,6 +204,18 @@ CASES = {
     # output
     "run folder is a file": (lambda p: p.train("--out", p.file("taken", "")), "taken"),
     "run folder below a file": (lambda p: p.train("--out", p.file("taken", "") + "/run"), "taken"),
+    "result folder is a file": (lambda p: p.compare("--out", p.file("taken", "")), "taken"),
+    "result folder below a file": (lambda p: p.compare("--out", p.file("taken", "") + "/results"), "taken"),
+    # comparisons
+    "unknown preset in a comparison": (lambda p: p.compare("--models", "pythia", "mqaa"), "did you mean 'mqa'?"),
+    "layer type that no plugin brings": (lambda p: p.compare("--models", "my_layer"), "unknown model 'my_layer'"),
+    "no plugin for a comparison": (lambda p: p.compare("--plugin", "none.py"), "plugin none.py not found"),
+    "every run fails": (
+        lambda p: p.compare("--lr", "1e30", "--out", str(p.folder / "out")),
+        "the training loss is nan",
+    ),
+    "benchmark without steps": (["bench", "train", "--steps", "0"], "--steps is 0"),
+    "benchmark of an unknown model": (["bench", "decode", "--models", "pythai"], "did you mean 'pythia'?"),
     # training and generation
     "learning rate far too high": (lambda p: p.train("--lr", "1e30"), "the training loss is nan"),
     "stride without context": (lambda p: ["evaluate", p.run(), "--sliding-stride", "16"], "--sliding-stride 16"),

@@ -53,10 +53,12 @@ def compare(argv: list[str]) -> int:
     settings = resolve(parser.settings(arguments))
     if arguments.print_config:
         return _print_config(settings)
+    from newllm.experiments.results import read_results
     from newllm.experiments.runner import compare as run
 
-    print(f"report: {run(settings)}")
-    return 0
+    report = run(settings)
+    print(f"report: {report}")
+    return 1 if read_results(report.parent)["failed"] else 0
 
 
 def train(argv: list[str]) -> int:
@@ -175,6 +177,32 @@ def data_show(argv: list[str]) -> int:
     return _data("show", data_show, argv, sample=True)
 
 
+def bench_train(argv: list[str]) -> int:
+    """Training speed and memory against Hugging Face's GPT-NeoX in the same shape."""
+    parser = _parser(
+        "bench train",
+        bench_train,
+        "newllm bench train",
+        "newllm bench train --models pythia gqa --seq-lengths 512 --rounds 3",
+    )
+    from newllm.evaluation.bench import TrainBench
+
+    return _bench(parser, TrainBench, argv)
+
+
+def bench_decode(argv: list[str]) -> int:
+    """Decoding latency against Hugging Face's GPT-NeoX in the same shape."""
+    parser = _parser(
+        "bench decode",
+        bench_decode,
+        "newllm bench decode",
+        "newllm bench decode --models pythia mqa --contexts 2048",
+    )
+    from newllm.evaluation.bench import DecodeBench
+
+    return _bench(parser, DecodeBench, argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "train": train,
@@ -184,6 +212,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check": check,
     "data prepare": data_prepare,
     "data show": data_show,
+    "bench train": bench_train,
+    "bench decode": bench_decode,
 }
 
 
@@ -266,6 +296,18 @@ def _data(name: str, command: Callable[[list[str]], int], argv: list[str], sampl
         print(f"{label:22} {text}")
     if sample:
         print(f"\nThe training text begins:\n\n{sample_text(data, 'train')}")
+    return 0
+
+
+def _bench(parser: Parser, cls: type, argv: list[str]) -> int:
+    parser.add_settings(cls)
+    arguments = parser.parse(argv)
+    settings = parser.settings(arguments)
+    if arguments.print_config:
+        return _print_config(settings)
+    from newllm.commands.bench import run
+
+    run(settings)
     return 0
 
 

@@ -50,11 +50,11 @@ class Parser(jsonargparse.ArgumentParser):
             print_config=None,
             allow_abbrev=False,
         )
-        self.settings_class: type[CommonSettings] | None = None
+        self.settings_class: type | None = None
         self.names: list[str] = []
         self.where = ""  # the config file that complaints are about, while one is read
 
-    def add_settings(self, cls: type[CommonSettings], only: tuple[type | str, ...] = ()) -> None:
+    def add_settings(self, cls: type, only: tuple[type | str, ...] = ()) -> None:
         """A flag for every field of the dataclass, or for the fields of some of its bases and for single fields.
 
         Flags are grouped by the base that declares them, the class's own group first; single fields come last.
@@ -103,7 +103,7 @@ class Parser(jsonargparse.ArgumentParser):
             namespace = self.parse_args(argv)
         return namespace
 
-    def settings(self, namespace: jsonargparse.Namespace, base: CommonSettings | None = None) -> Any:
+    def settings(self, namespace: jsonargparse.Namespace, base: Any = None) -> Any:
         """The settings object of a parsed command line; fields without a flag are taken from `base`."""
         assert self.settings_class is not None
         given = {} if base is None else {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
@@ -138,11 +138,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def groups(cls: type[CommonSettings]) -> dict[type, str]:
+def groups(cls: type) -> dict[type, str]:
     """The dataclasses a settings class is made of, with the title of their flags; general ones first."""
     bases = [base for base in dataclass_bases(cls) if own_fields(base)]
     titles = {ExperimentSettings: "experiment", RunSettings: "run", CommonSettings: "general"}
-    return {base: titles.get(base) or base.__name__.removesuffix("Settings").lower() for base in bases}
+    return {base: titles.get(base) or re.sub("(Settings|Bench)$", "", base.__name__).lower() for base in bases}
 
 
 def dataclass_bases(cls: type) -> list[type]:
@@ -216,7 +216,7 @@ def config_help() -> str:
     )
 
 
-def read_config(name: str, cls: type[CommonSettings]) -> dict[str, Any]:
+def read_config(name: str, cls: type) -> dict[str, Any]:
     """The checked values of a config file, given by path or by its name in experiments/configs."""
     path = CONFIGS_FOLDER / f"{name}.yaml"
     if not path.is_file():
@@ -243,7 +243,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_config(values: dict[str, Any], cls: type[CommonSettings], where: str) -> dict[str, Any]:
+def check_config(values: dict[str, Any], cls: type, where: str) -> dict[str, Any]:
     """The values with their types checked and converted (YAML reads 1e-4 as text)."""
     hints = get_type_hints(cls)
     for key, value in values.items():
@@ -258,7 +258,7 @@ def check_config(values: dict[str, Any], cls: type[CommonSettings], where: str) 
     return {key: checked[key] for key in values}
 
 
-def print_config(settings: CommonSettings) -> None:
+def print_config(settings: Any) -> None:
     """The settings as YAML, each under its description."""
     docs = field_docs(type(settings))
     for name, value in dataclasses.asdict(settings).items():

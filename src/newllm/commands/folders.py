@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,13 +59,3 @@ def run_config(folder: Path | str) -> dict[str, Any]:
     """config.yaml of a run folder; {} for a model folder."""
     path = Path(folder) / "config.yaml"
     return read_yaml(path) if path.is_file() else {}
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a result folder before any work is done. Raises UserError where that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot make this folder: {(error.strerror or str(error)).lower()}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {folder}: no permission to write there")

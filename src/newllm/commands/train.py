@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from newllm.commands.folders import make_folder
 from newllm.settings import RunSettings
 
 
@@ -19,7 +18,7 @@ def train(settings: RunSettings, out: str | None) -> None:
     from newllm.models import check_model_spec, load_plugin
     from newllm.training import resolve_device
     from newllm.training import train as run
-    from newllm.training.checkpoints import lock
+    from newllm.training.checkpoints import lock, make_folder
 
     resolve_device(settings)
     if settings.plugin is not None:
@@ -37,7 +36,6 @@ def train(settings: RunSettings, out: str | None) -> None:
         data = prepare(settings, display.say)
         display.start(0, settings)
         result = run(settings, data, folder, display)
-        display.hide()
     print(
         f"trained on {result.tokens:,} tokens in {duration(result.seconds)}: "
         f"validation loss {result.best_val_loss:.4f}, perplexity {perplexity(result.best_val_loss):.2f}\n"

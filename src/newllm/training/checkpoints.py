@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -125,6 +126,16 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a result folder before any work is done. Raises UserError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot make this folder: {(error.strerror or str(error)).lower()}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {folder}: no permission to write there")
 
 
 def claim_run_folder(run_folder: Path, settings: RunSettings, data_fingerprint: str) -> dict[str, Any]:
