@@ -63,9 +63,6 @@ class Display:
         """The run is busy with something that has no steps."""
         self.live.update(self.task, description=escape(self.run), total=None, figures=what, visible=True)
 
-    def hide(self) -> None:
-        self.live.update(self.task, visible=False)
-
     def __call__(self, progress: TrainProgress) -> None:
         figures = f"step {progress.step:,}/{progress.total_steps:,}"
         if progress.loss is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from newllm.evaluation.bands import ppl_band
 from newllm.evaluation.checks import check_model, is_causal
 from newllm.evaluation.perplexity import evaluate, perplexity
 from newllm.models import TransformerLM, load_model
-from newllm.models.layers.base import layer_type
+from newllm.models.layers.base import create_layer
 from newllm.settings import RunSettings
 from newllm.training import autocast, resolve_device, resolve_precision
 from newllm.training.trainer import TrainResult
@@ -73,15 +72,11 @@ def describe_layers(model: TransformerLM) -> str:
 
 
 def describe_layer(spec: dict[str, Any]) -> str:
-    parameters = inspect.signature(layer_type(spec["type"]).__init__).parameters
-    shape = ("type", "hidden_size", "num_heads", "intermediate_size")
-    options = {
-        key: value
-        for key, value in spec.items()
-        if key not in shape and (key not in parameters or value != parameters[key].default)
-    }
-    words = ", ".join(f"{key}={short(value)}" for key, value in options.items())
-    return f"{spec['type']} ({words})" if words else spec["type"]
+    shape = {key: spec[key] for key in ("type", "hidden_size", "num_heads", "intermediate_size")}
+    with torch.device("meta"):
+        defaults = create_layer(shape).spec
+    options = [f"{key}={short(value)}" for key, value in spec.items() if value != defaults.get(key)]
+    return f"{spec['type']} ({', '.join(options)})" if options else spec["type"]
 
 
 def short(value: Any) -> str:
@@ -94,7 +89,7 @@ def sample(model: TransformerLM, data: PreparedData, settings: RunSettings) -> s
     prompt = torch.from_numpy(data.splits["test"].ids[None, :SAMPLE_PROMPT].astype("int64")).to(model.device)
     transformers.set_seed(settings.seed)
     with torch.no_grad(), autocast(model.device, resolve_precision(settings, model.device)):
-        ids = model.generate(  # type: ignore[operator]
+        ids = model.generate(  # type: ignore[misc]
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50
         )
     return str(data.tokenizer.decode(ids[0].tolist(), skip_special_tokens=True))

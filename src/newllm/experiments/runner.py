@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from newllm.data import prepare
+from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
 from newllm.experiments.results import print_table, write_results
@@ -26,7 +27,7 @@ from newllm.experiments.rows import make_row
 from newllm.models import check_model_spec, load_plugin
 from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
 from newllm.training import machine_info, resolve_device, set_threads, train
-from newllm.training.checkpoints import claim_run_folder, lock, read_result, write_result, write_whole
+from newllm.training.checkpoints import claim_run_folder, lock, make_folder, read_result, write_result, write_whole
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
@@ -43,7 +44,7 @@ def compare(settings: ExperimentSettings) -> Path:
     set_threads(settings)
     check_models(settings)
     out = resolve_out(settings)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     console = Console()
     runs = settings.runs()
     with lock(out), Display(console, len(runs)) as display:
@@ -54,6 +55,7 @@ def compare(settings: ExperimentSettings) -> Path:
             comparison.add(run)
         if not comparison.rows:
             raise comparison.errors[0]
+        comparison.write()
         if settings.efficiency:
             display.phase("measuring speed and memory, one model at a time")
             comparison.add_efficiency()
@@ -105,12 +107,12 @@ class Comparison:
         self.errors: list[Exception] = []
 
     def add(self, run: RunSettings) -> None:
-        """Trains and evaluates a run, or takes it from its folder; then writes results and report."""
+        """Trains and evaluates a run and writes results and report anew; or takes it from its folder."""
         folder = run_folder(self.out, run)
+        finished = "row" in claim_run_folder(folder, run, self.data.fingerprint)
         try:
             row = self.finished_row(run, folder)
         except Exception as error:  # one broken model must not cost the others their results
-            folder.mkdir(exist_ok=True)
             (folder / "error.txt").write_text(traceback.format_exc())
             self.errors.append(error)
             line = (str(error).splitlines() or ["no message"])[0]
@@ -123,11 +125,13 @@ class Comparison:
             self.display.say(
                 f"{self.display.run}: test perplexity {row['test_ppl']:.2f}, {row['tokens']:,} tokens "
                 f"in {duration(row['seconds'])}{'' if row['valid'] else ', INVALID: it fails a check'}"
+                f"{', kept from before' if finished else ''}"
             )
-        self.write()
+        if not finished:
+            self.write()
 
     def finished_row(self, run: RunSettings, folder: Path) -> dict[str, Any]:
-        result = claim_run_folder(folder, run, self.data.fingerprint)
+        result = read_result(folder)
         if "row" not in result:
             training = train(run, self.data, folder, self.display)
             self.display.phase("evaluating")
@@ -147,15 +151,19 @@ class Comparison:
             "settings": [self.settings.efficiency_seconds, self.settings.decode_context],
             "machine": machine_info(),
         }
-        from newllm.evaluation.efficiency import measure_all
-
         path = self.out / "efficiency.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         if known.get("key") != key:
             folders = [run_folder(self.out, self.run_of(row)) for row in rows.values()]
             measured = dict(zip(rows, measure_all(folders, self.settings), strict=True))
             known = {"key": key, "measured": measured}
-            write_whole(path, json.dumps(known, indent=1) + "\n")
+            errors = [
+                figures["efficiency_error"] for figures in known["measured"].values() if figures["efficiency_error"]
+            ]
+            for error in errors:
+                self.display.say(f"not measured: {error}")
+            if not errors:
+                write_whole(path, json.dumps(known, indent=1) + "\n")
         for row in self.rows:
             row |= known["measured"][row["model"]]
         self.write()

@@ -25,7 +25,7 @@ from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerS
 from newllm.data.windows import WindowDataset
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import TransformerLM, create_model
-from newllm.settings import RunSettings, UserError
+from newllm.settings import RunSettings
 from newllm.training.callbacks import (
     FlowCallback,
     MetricsCallback,
@@ -92,6 +92,8 @@ class RunSampler(Sampler[int]):
 class LMTrainer(Trainer):
     """The Hugging Face Trainer with this project's data order, precision, validation loss and checkpoints."""
 
+    model: TransformerLM
+
     def __init__(
         self, *, settings: RunSettings, schedule: Schedule, validation: TokenFile, tokens_per_step: int, **kwargs: Any
     ) -> None:
@@ -136,7 +138,7 @@ class LMTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, but complete or not there; keeps this checkpoint and the best one."""
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         with complete_folder(checkpoint_folder(folder, self.state.global_step)) as staging:
             save_weights(self.model, str(staging / WEIGHTS))
             self._save_optimizer_and_scheduler(str(staging))
@@ -234,9 +236,8 @@ def _train(
 ) -> TrainResult:
     transformers.utils.logging.disable_progress_bar()
     set_threads(settings)
+    assert settings.seq_length is not None
     windows = WindowDataset(data.splits["train"], settings.seq_length, settings.samples, settings.seed)
-    if len(windows) == 0:
-        raise UserError(f"--data {settings.data}: the training split is shorter than one window of --seq-length tokens")
     transformers.set_seed(settings.seed)
     model = new_model(settings, data)
     use_cache = model.config.use_cache
@@ -245,7 +246,7 @@ def _train(
     samples_per_step = arguments.train_batch_size * settings.gradient_accumulation * arguments.world_size
     arguments.max_steps = total_steps(settings, len(windows), samples_per_step)
     schedule = Schedule.of(arguments.max_steps, settings)
-    tokens_per_step = samples_per_step * settings.seq_length  # type: ignore[operator]
+    tokens_per_step = samples_per_step * settings.seq_length
     trainer = LMTrainer(
         settings=settings,
         schedule=schedule,
