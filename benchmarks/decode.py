@@ -1,0 +1,7 @@
+"""Decoding speed against Hugging Face's GPT-NeoX: the same as `newllm bench decode`."""
+
+import sys
+
+from newllm.cli import main
+
+sys.exit(main(["bench", "decode", *sys.argv[1:]]))

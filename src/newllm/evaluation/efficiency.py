@@ -1,0 +1,219 @@
+"""Speed and memory of models, measured in processes of their own that work in turn.
+
+Every model gets a worker process (`worker.py`). The driver lets one worker at a time do a small slice of its work,
+round by round, and takes medians: what else happens on the machine meets all models alike. An idle worker waits in a
+read and costs nothing (torch's threads sleep a few milliseconds after their last work).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from newllm.settings import CommonSettings
+
+ROUNDS = 3
+# How the time of `efficiency_seconds` is divided.
+SHARES = {"train": 0.6, "prefill": 0.15, "decode": 0.25}
+KEYS = (
+    "train_tokens_per_second",
+    "peak_memory_bytes",
+    "prefill_ms",
+    "prefill_tokens",
+    "decode_ms_per_token",
+    "cache_bytes_per_token",
+    "cache_bytes_allocated_per_token",
+    "state_bytes",
+    "decode_context",
+    "decode_dtype",
+    "efficiency_error",
+)
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or died: one line that says what happened."""
+
+
+class Worker:
+    """Driver's end of a worker process; `call` runs one command and waits for its answer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "newllm.evaluation.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Raises WorkerError with one line if the command fails or the process dies."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps({"do": command, **arguments}), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise WorkerError(f"{self.name}: {command}: {self._cause_of_death()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.name}: {command}: {answer['error']}")
+        return answer
+
+    def _cause_of_death(self) -> str:
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            return "the measuring process was killed, most likely for want of memory"
+        if code < 0:
+            return f"the measuring process ended by signal {signal.Signals(-code).name}"
+        self.errors.seek(0)
+        said = self.errors.read().strip().splitlines()
+        return f"the measuring process ended with code {code}" + (f": {said[-1]}" if said else "")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+def measure_all(folders: list[Path], settings: CommonSettings) -> list[dict[str, Any]]:
+    """Speed, memory and cache bytes of trained models; in the order of `folders`.
+
+    Training: full steps at batch_size × seq_length in the run's precision. Inference: batch 1 at `decode_context`
+    tokens, weights and cache in bf16 if that is the run's precision, else in float32 (`decode_dtype`).
+
+    Args:
+        folders: run folders or model folders.
+        settings: resolved settings; about `efficiency_seconds` are spent on each model, its start not counted.
+
+    Returns:
+        for each model a dict of KEYS. Times are medians. cache_bytes_per_token is the difference between the bytes in
+        use at `decode_context` and at half of it, divided by the tokens between; state_bytes is what does not grow. If
+        a measurement fails, `efficiency_error` says why in one line, and the figures not reached are None.
+    """
+    measurements = [Measurement(folder, settings) for folder in folders]
+    waiting = list(measurements)
+    while waiting:
+        group = _start_those_that_fit(waiting)
+        try:
+            for phase in (Measurement.train, Measurement.prepare_inference, Measurement.infer):
+                for _ in range(1 if phase is Measurement.prepare_inference else ROUNDS):
+                    for measurement in group:
+                        measurement.attempt(phase)
+        finally:
+            for measurement in group:
+                measurement.end()
+        waiting = waiting[len(group) :]
+    return [measurement.result for measurement in measurements]
+
+
+def _start_those_that_fit(waiting: list[Measurement]) -> list[Measurement]:
+    """Starts workers until the next one might not fit into memory: only those started together can work in turn."""
+    group: list[Measurement] = []
+    largest = 0
+    for measurement in waiting:
+        if group and psutil.virtual_memory().available < 1.5 * largest:
+            break
+        group.append(measurement)
+        measurement.attempt(Measurement.begin)
+        largest = max(largest, measurement.result["peak_memory_bytes"] or 0)
+    return group
+
+
+class Measurement:
+    """What is measured of one model, phase by phase."""
+
+    def __init__(self, folder: Path, settings: CommonSettings) -> None:
+        self.folder, self.settings = folder, settings
+        self.result: dict[str, Any] = dict.fromkeys(KEYS)
+        self.worker: Worker | None = None
+        self.times: dict[str, list[float]] = {phase: [] for phase in SHARES}
+
+    def attempt(self, phase: Callable[[Measurement], None]) -> None:
+        """Runs a phase; after a failure, which is noted in the result, no other."""
+        if self.result["efficiency_error"] is None:
+            try:
+                phase(self)
+            except WorkerError as error:
+                self.result["efficiency_error"] = str(error)
+
+    def begin(self) -> None:
+        """Loads the model and takes one training step, which is not counted: it allocates what later ones reuse."""
+        from newllm.training.devices import resolve_device, resolve_precision
+
+        device = resolve_device(self.settings)
+        self.precision = resolve_precision(self.settings, device)
+        self.worker = Worker(str(self.folder))
+        self.worker.call(
+            "build",
+            subject={"folder": str(self.folder), "plugin": self.settings.plugin},
+            device=device.type,
+            threads=self.settings.threads,
+        )
+        self.result["peak_memory_bytes"] = self._train_slice(0)["peak_bytes"]
+
+    def train(self) -> None:
+        answer = self._train_slice(self._slice("train"))
+        self.times["train"] += answer["seconds"]
+        tokens = self.settings.batch_size * self.settings.seq_length  # type: ignore[operator]
+        self.result["train_tokens_per_second"] = tokens / statistics.median(self.times["train"])
+        self.result["peak_memory_bytes"] = answer["peak_bytes"]
+
+    def _train_slice(self, seconds: float) -> dict[str, Any]:
+        return self._call(
+            "train",
+            batch_size=self.settings.batch_size,
+            seq_length=self.settings.seq_length,
+            precision=self.precision,
+            seconds=seconds,
+        )
+
+    def prepare_inference(self) -> None:
+        """Casts the weights, and reads the bytes of the cache at two lengths."""
+        context: int = self.settings.decode_context  # type: ignore[assignment]
+        dtype = "bfloat16" if self.precision == "bf16" else "float32"
+        self._call("infer", dtype=dtype)
+        half, full = (self._call("measure_cache", tokens=tokens) for tokens in (context // 2, context))
+        between = context - context // 2
+        per_token = (full["used"] - half["used"]) / between
+        self.result |= {
+            "decode_dtype": dtype,
+            "decode_context": context,
+            "prefill_tokens": context,
+            "cache_bytes_per_token": per_token,
+            "cache_bytes_allocated_per_token": (full["allocated"] - half["allocated"]) / between,
+            "state_bytes": full["used"] - per_token * context,
+        }
+
+    def infer(self) -> None:
+        """Prefill, then single tokens after it; the first of them, which makes the cache grow, is not counted."""
+        prefill = self._call("prefill", context=self.settings.decode_context, seconds=self._slice("prefill"))
+        self.times["prefill"] += prefill["seconds"]
+        self._call("decode")
+        self.times["decode"] += self._call("decode", seconds=self._slice("decode"))["seconds"]
+        self.result["prefill_ms"] = 1000 * statistics.median(self.times["prefill"])
+        self.result["decode_ms_per_token"] = 1000 * statistics.median(self.times["decode"])
+
+    def end(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+
+    def _call(self, command: str, **arguments: Any) -> dict[str, Any]:
+        assert self.worker is not None
+        return self.worker.call(command, **arguments)
+
+    def _slice(self, phase: str) -> float:
+        """Seconds of a phase's slice in one round."""
+        return self.settings.efficiency_seconds * SHARES[phase] / ROUNDS

@@ -1,0 +1,129 @@
+"""Cache bytes from live tensors, and measurements in worker processes."""
+
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from newllm.evaluation import cache_bytes
+from newllm.evaluation.bench import BenchSettings, DecodeBench, TrainBench, bench_decode, bench_train
+from newllm.evaluation.efficiency import KEYS, Worker, WorkerError, measure_all
+from newllm.models import create_model
+from newllm.settings import RunSettings, UserError, resolve
+
+SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "vocab_size": 96}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def quiet(_: str) -> None:
+    """No progress."""
+
+
+@given(tokens=st.integers(1, 40), rows=st.integers(1, 3), kv_heads=st.sampled_from([1, 2, 4]))
+def test_our_cache_is_measured_from_its_tensors(tokens, rows, kv_heads):
+    model = create_model("pythia", num_kv_heads=kv_heads, **SHAPE).eval()
+    with torch.no_grad():
+        cache = model(torch.randint(96, (rows, tokens)), use_cache=True).past_key_values
+        used = rows * 2 * 2 * kv_heads * 8 * 4 * tokens  # layers, keys and values, heads, head size, bytes
+        assert cache_bytes(cache) == (used, used)
+        model(torch.randint(96, (rows, 1)), past_key_values=cache)
+    grown = cache_bytes(cache)
+    assert grown.used == used // tokens * (tokens + 1)
+    assert grown.used <= grown.allocated <= max(1.25 * grown.used, used // tokens * (tokens + 1))
+
+
+def test_a_foreign_cache_is_measured_too():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), 0)
+    assert cache_bytes(cache) == (640, 640)
+
+
+def test_a_shared_storage_counts_once_and_a_view_holds_all_of_it():
+    cache = DynamicCache()
+    buffer = torch.zeros(2, 1, 2, 100, 8)
+    cache.update(torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 0, 8), 0)
+    cache.layers[0].keys, cache.layers[0].values = buffer[0, :, :, :10], buffer[1, :, :, :10]
+    assert cache_bytes(cache) == (2 * 2 * 10 * 8 * 4, buffer.nbytes)
+
+
+def test_trained_models_are_measured_side_by_side(tmp_path):
+    models = {"full": {}, "window": {"window": 9}}
+    for name, options in models.items():
+        create_model("pythia", **SHAPE, **options).save_pretrained(tmp_path / name / "model")
+    settings = resolve(
+        RunSettings(
+            seq_length=16, batch_size=2, decode_context=32, efficiency_seconds=0.1, precision="float32", threads=1
+        )
+    )
+    full, window, missing = measure_all([tmp_path / "full", tmp_path / "window", tmp_path / "missing"], settings)
+    for result in (full, window):
+        assert set(result) == set(KEYS)
+        assert result["efficiency_error"] is None
+        assert all(result[key] is not None for key in KEYS if key != "efficiency_error")
+        assert result["peak_memory_bytes"] > 50e6
+        assert result["decode_dtype"] == "float32"
+    per_token = 2 * 2 * 32 * 4  # keys and values, layers, D, bytes
+    assert (full["cache_bytes_per_token"], full["state_bytes"]) == (per_token, 0)
+    assert per_token <= full["cache_bytes_allocated_per_token"] <= 1.25 * per_token + 16
+    assert (window["cache_bytes_per_token"], window["state_bytes"]) == (0, 8 * per_token)
+    assert "no model in" in missing["efficiency_error"]
+    assert missing["train_tokens_per_second"] is None
+
+
+def test_a_dead_worker_is_one_clear_line():
+    worker = Worker("gqa")
+    try:
+        with pytest.raises(WorkerError, match=r"^gqa: build: unknown model 'gqua'"):
+            worker.call("build", subject={"model": "gqua"}, device="cpu", threads=1)
+        os.kill(worker.process.pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match=r"^gqa: train: the measuring process was killed, most likely") as error:
+            worker.call("train")
+        assert "\n" not in str(error.value)
+    finally:
+        worker.close()
+
+
+def test_a_worker_ends_with_its_driver():
+    worker = Worker("pythia")
+    worker.process.stdin.close()
+    assert worker.process.wait(timeout=60) == 0
+
+
+def test_benchmarks_compare_with_hugging_face():
+    small = {**SHAPE, "rounds": 2, "threads": 1, "vocab_size": 4096}
+    trained = bench_train(TrainBench(**small, seq_lengths=[8], batch_size=2, steps=1, precision="float32"), quiet)
+    theirs, ours = trained["cases"][0]["rows"]
+    assert (theirs["model"], ours["model"]) == ("gpt_neox", "pythia")
+    assert theirs["speed_ratio"] == theirs["memory_ratio"] == 1
+    assert ours["speed_ratio"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
+
+    decoded = bench_decode(DecodeBench(**small, contexts=[16], steps=2), quiet)
+    rows = decoded["cases"][0]["rows"]
+    assert [row["model"] for row in rows] == [
+        f"{m} {d}" for m in ("gpt_neox", "pythia") for d in ("bfloat16", "float32")
+    ]
+    assert max(row["speed_ratio"] for row in rows[:2]) == 1  # towards the better of the two
+
+
+@pytest.mark.parametrize(("change", "message"), [({"models": ["pithia"]}, "pythia"), ({"rounds": 0}, "at least 1")])
+def test_wrong_settings_are_told_before_anything_starts(change, message):
+    with pytest.raises(UserError, match=message):
+        bench_train(TrainBench(**change), quiet)
+
+
+def test_the_reference_has_the_shape_of_ours():
+    from newllm.evaluation.worker import build_model
+
+    settings = BenchSettings(**SHAPE)
+    sizes = {
+        sum(p.numel() for p in build_model(settings.subject(name, 64)).parameters()) for name in ("gpt_neox", "pythia")
+    }
+    assert len(sizes) == 1
