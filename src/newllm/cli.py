@@ -229,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"newllm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nnewllm: interrupted; the same command continues where it was", file=sys.stderr)
+        continues = "; the same command continues where it was" if argv[0] in ("compare", "train") else ""
+        print(f"\nnewllm: interrupted{continues}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `newllm generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
