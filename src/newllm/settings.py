@@ -21,6 +21,7 @@ import yaml
 SCALES_FOLDER = Path(__file__).parent / "scales"
 CONFIGS_FOLDER = Path(__file__).parent / "experiments" / "configs"
 
+PILE_TOKENIZER = "EleutherAI/pythia-70m"
 Precision = Literal["auto", "bf16", "float32"]
 
 
@@ -68,7 +69,7 @@ class DataSettings:
     test_share: float = 0.05
     """Share of the documents held out for the test split."""
     max_documents: int | None = None
-    """Read at most this many documents (0 or more); for streams such as the Pile the default of None means 20,000."""
+    """Read at most this many documents ; for streams such as the Pile the default of None means 20,000."""
     cache_dir: str | None = None
     """Folder for tokenizers and token files; default $NEWLLM_CACHE or ~/.cache/newllm."""
 
@@ -208,7 +209,9 @@ def resolve(settings: S) -> S:
         scale = {key: value for key, value in scale.items() if key not in ("max_tokens", "samples", "epochs")}
         if settings.max_tokens is None and settings.epochs is None:
             scale["epochs"] = 1.0
-    filled = {key: scale.get(key) if value is None else value for key, value in given.items()}
+    if settings.data == "pile" and settings.tokenizer is None:
+        scale["tokenizer"] = PILE_TOKENIZER
+    filled: dict[str, Any] = {key: scale.get(key) if value is None else value for key, value in given.items()}
     resolved = type(settings)(**filled)
     check(resolved)
     return resolved
@@ -231,6 +234,11 @@ def check(settings: CommonSettings) -> None:
         value = getattr(settings, name)
         if not 0 <= value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
+    if settings.sliding_stride >= settings.sliding_window:  # type: ignore[operator]
+        raise UserError(
+            f"--sliding-stride {settings.sliding_stride} must be less than --sliding-window {settings.sliding_window}: "
+            "the rest of the window is the context"
+        )
     if settings.hidden_size % settings.num_heads:  # type: ignore[operator]
         raise UserError(
             f"--hidden-size {settings.hidden_size} does not divide into --num-heads {settings.num_heads}: "

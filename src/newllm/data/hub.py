@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PILE_DATASET = "monology/pile-uncopyrighted"
-PILE_TOKENIZER = "EleutherAI/pythia-70m"
 STREAM_DOCUMENTS = 20_000
 """Documents read from a stream of the hub unless --max-documents says otherwise."""
 TIMEOUT_SECONDS = 5.0

@@ -23,7 +23,7 @@ from newllm.data.overlap import NGRAM_WORDS, overlap_shares
 from newllm.data.splits import SPLITS, Spool, split_documents
 from newllm.data.tokenizer import check_vocab_size, load_tokenizer, train_bpe
 from newllm.data.tokens import TokenFile, read_tokens, write_tokens
-from newllm.settings import DataSettings, UserError, load_scale
+from newllm.settings import PILE_TOKENIZER, DataSettings, UserError, load_scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def cache_folder(settings: DataSettings) -> Path:
 
 def _tokenizer_choice(settings: DataSettings) -> tuple[str, int]:
     """Name of the tokenizer, and size of its vocabulary (0 with a ready tokenizer)."""
-    name = settings.tokenizer or (hub.PILE_TOKENIZER if settings.data == "pile" else "bpe")
+    name = settings.tokenizer or (PILE_TOKENIZER if settings.data == "pile" else "bpe")
     if name != "bpe":
         return name, 0
     vocab_size = settings.vocab_size or load_scale("quickstart")["vocab_size"]

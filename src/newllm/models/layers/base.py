@@ -101,7 +101,13 @@ def create_layer(spec: dict[str, Any]) -> Layer:
     for name in options:
         if name not in SHAPE and name not in cls.option_names():
             raise nearest(name, cls.option_names(), "option", f"of layer type '{cls.type_name}'")
-    return cls(**options)
+    try:
+        return cls(**options)
+    except UserError:
+        raise
+    except Exception as error:  # a plugin's constructor may raise anything
+        message = (str(error).splitlines() or ["no message"])[0]
+        raise UserError(f"layer type '{cls.type_name}' cannot be built: {type(error).__name__}: {message}") from error
 
 
 def layer_type(name: str) -> type[Layer]:
