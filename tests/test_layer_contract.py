@@ -203,6 +203,16 @@ def test_beam_search_equals_beam_search_without_cache(name, options):
     assert torch.equal(with_cache, model.generate(prompt, **beam, use_cache=False))
 
 
+@layers
+def test_inference_mode_gives_the_same_logits(name, options):
+    model = create_model(name, **CHECK_SHAPE, **options).eval()
+    ids = torch.randint(61, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, expected)
+
+
 def test_generation_of_a_padded_batch_equals_row_by_row():
     model = create_model("pythia", **CHECK_SHAPE).double().eval()
     rows = [torch.randint(61, (n,)) for n in (3, 7)]

@@ -55,7 +55,8 @@ class RotaryPosition(NoPosition):
     def _table(self, positions: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, T, rotary_dim / 2), kept on the positions: all layers of a forward share them."""
         tables = positions.__dict__.setdefault("_rope_tables", {})
-        key = (rotary_dim, self.base, dtype, positions._version)
+        version = 0 if positions.is_inference() else positions._version  # a change in place makes the table stale
+        key = (rotary_dim, self.base, dtype, version)
         if key not in tables:
             steps = torch.arange(0, rotary_dim, 2, dtype=dtype, device=positions.device)
             angles = positions[:, None, :, None].to(dtype) * (1.0 / self.base ** (steps / rotary_dim))
