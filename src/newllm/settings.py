@@ -69,7 +69,7 @@ class DataSettings:
     test_share: float = 0.05
     """Share of the documents held out for the test split."""
     max_documents: int | None = None
-    """Read at most this many documents ; for streams such as the Pile the default of None means 20,000."""
+    """Read at most this many documents; for streams such as the Pile the default of None means 20,000."""
     cache_dir: str | None = None
     """Folder for tokenizers and token files; default $NEWLLM_CACHE or ~/.cache/newllm."""
 

@@ -184,6 +184,16 @@ def _padding(s: Subject) -> tuple[bool, str]:
     return True, "padding changes nothing for the real tokens"
 
 
+def _rounding(s: Subject, gap: float) -> str:
+    """A hint for the commonest small mistake."""
+    small = s.model.dtype == torch.float64 and gap < 1e-5
+    return (
+        " (the size of float32 rounding: does the layer compute something in another dtype than x.dtype?)"
+        if small
+        else ""
+    )
+
+
 def _chunks(s: Subject) -> tuple[bool, str]:
     T = s.ids.shape[1]
     full = s.logits(s.ids)
@@ -199,7 +209,7 @@ def _chunks(s: Subject) -> tuple[bool, str]:
         if token is not None:
             return False, (
                 f"cache and forward disagree: read {words}, the logits differ from reading all at once "
-                f"from token {token} on, by {gap:.2g} of the largest"
+                f"from token {token} on, by {gap:.2g} of the largest{_rounding(s, gap)}"
             )
         worst = max(worst, gap)
     return True, f"token by token and in chunks = all at once (largest relative difference {worst:.1g})"
