@@ -1,0 +1,110 @@
+"""kill -9, then the same command again: the weights and the validation loss of an uninterrupted run, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from newllm.cli import main
+from newllm.data.corpora import open_corpus
+from newllm.settings import DataSettings
+from newllm.training import trainer
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Flags of a tiny run that writes a checkpoint at every opportunity."""
+    folder = tmp_path_factory.mktemp("text")
+    document = next(iter(open_corpus(DataSettings()).documents()))
+    (folder / "play.txt").write_text(document.text[:60_000])
+    shape = "--hidden-size 32 --num-layers 2 --num-heads 2 --intermediate-size 64 --vocab-size 300 --seq-length 32"
+    budget = f"--batch-size 4 --max-tokens {120 * 4 * 32} --evaluations 5 --checkpoint-minutes 0 --threads 1"
+    return [*shape.split(), *budget.split(), "--data", str(folder / "play.txt"), "--cache-dir", str(folder / "cache")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert main(["train", *flags, "--out", str(folder)]) == 0
+    return folder
+
+
+def start(flags, folder, prepare=lambda: None):
+    """The command in a process of its own: forked, since loading torch again takes longer than the run."""
+
+    def child():
+        prepare()
+        os._exit(main(["train", *flags, "--out", str(folder)]))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def outcome(folder):
+    """Everything a finished run leaves that does not depend on the clock."""
+    result = json.loads((folder / "result.json").read_text())["training"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in (result, *lines):
+        record.pop("seconds")
+        record.pop("tokens_per_second", None)
+    return result, lines, (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments(flags, uninterrupted, tmp_path, seed):
+    rng = random.Random(seed)
+    folder = tmp_path / "run"
+    for kill in (True, True, True, True, False):
+        process = start(flags, folder)
+        if kill:
+            time.sleep(rng.uniform(0.05, 1.0))
+            os.kill(process.pid, signal.SIGKILL)
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL)
+    assert outcome(folder) == outcome(uninterrupted)
+    assert sorted(os.listdir(folder)) == ["config.yaml", "metrics.jsonl", "model", "result.json"]
+
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_at_the_worst_moments(flags, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    moments = [
+        (trainer, "claim_run_folder", []),  # before anything
+        (trainer.LMTrainer, "_save_rng_state", ["checkpoint-1.incomplete"]),  # in the middle of the first checkpoint
+        (trainer, "remove_except", ["checkpoint-1"]),  # just after it became complete
+        (trainer, "read_state", ["checkpoint-1"]),  # when it is about to continue
+        (trainer, "TrainResult", ["checkpoint-120", "model"]),  # between the model and its result.json
+    ]
+    for where, name, left in moments:
+        process = start(flags, folder, lambda where=where, name=name: setattr(where, name, die))
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        found = [path.name for path in folder.glob("*") if path.is_dir()]
+        assert set(left) <= set(found)
+    process = start(flags, folder)
+    process.join(120)
+    assert outcome(folder) == outcome(uninterrupted)
+    assert sorted(os.listdir(folder)) == ["config.yaml", "metrics.jsonl", "model", "result.json"]
+
+
+def test_a_new_process_computes_the_same(flags, uninterrupted, tmp_path):
+    """The forked processes above share memory with this one; a real second start shares nothing."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "newllm.cli", "train", *flags, "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(folder.glob("checkpoint-*[0-9]")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert outcome(folder) == outcome(uninterrupted)

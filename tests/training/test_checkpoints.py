@@ -1,0 +1,93 @@
+"""Folders that are complete or not there, locks, and who owns a run folder."""
+
+import errno
+import json
+import os
+
+import psutil
+import pytest
+
+from newllm.settings import RunSettings, UserError, resolve
+from newllm.training.checkpoints import (
+    checkpoints,
+    claim_run_folder,
+    complete_folder,
+    lock,
+    read_result,
+    remove_except,
+    remove_incomplete,
+    write_result,
+    write_whole,
+)
+
+
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
+    with complete_folder(tmp_path / "checkpoint-3") as staging:
+        (staging / "part").write_text("whole")
+        assert checkpoints(tmp_path) == []
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert (tmp_path / "checkpoint-3" / "part").read_text() == "whole"
+
+
+def test_the_rest_of_a_killed_write_is_no_checkpoint_and_is_removed(tmp_path):
+    (tmp_path / "checkpoint-7.incomplete").mkdir()
+    (tmp_path / "result.json.incomplete").write_text("{")
+    (tmp_path / "checkpoint-2").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    remove_incomplete(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_checkpoints_are_ordered_by_step_and_pruned(tmp_path):
+    for step in (100, 20, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    remove_except(tmp_path, {20})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("No space left")])
+def test_a_full_disk_is_one_line_and_leaves_what_was_complete(tmp_path, error):
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(UserError, match="no space left") as caught, complete_folder(tmp_path / "checkpoint-2"):
+        raise error
+    assert str(tmp_path) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_another_error_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), complete_folder(tmp_path / "checkpoint-2"):
+        raise RuntimeError("a bug")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_file_is_replaced_whole(tmp_path):
+    write_whole(tmp_path / "result.json", "old")
+    write_whole(tmp_path / "result.json", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path):
+    parent = psutil.Process(os.getppid())
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time()}))
+    with pytest.raises(UserError, match=f"process {parent.pid}"), lock(tmp_path / "run"):
+        pass
+    path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time() - 60}))  # the id was used again
+    with lock(tmp_path / "run"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not path.exists()
+
+
+def test_a_run_folder_continues_the_same_run_and_keeps_another_one_aside(tmp_path):
+    folder = tmp_path / "run"
+    first = resolve(RunSettings(max_tokens=1000))
+    claim_run_folder(folder, first, "data")
+    write_result(folder, read_result(folder) | {"training": {"steps": 3}})
+    assert claim_run_folder(folder, first, "data")["training"] == {"steps": 3}
+    assert "training" not in claim_run_folder(folder, first, "other data")
+    assert read_result(tmp_path / "run~old")["training"] == {"steps": 3}
+    second = resolve(RunSettings(max_tokens=2000))
+    assert "training" not in claim_run_folder(folder, second, "other data")
+    assert "max_tokens: 2000" in (folder / "config.yaml").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run~old"]

@@ -1,0 +1,43 @@
+"""Device and precision: what is asked for, what there is."""
+
+import pytest
+import torch
+
+from newllm.settings import RunSettings, UserError
+from newllm.training import autocast, machine_info, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:0", "mps", ""])
+def test_an_unknown_device_is_refused(device):
+    with pytest.raises(UserError, match="auto, cpu or cuda"):
+        resolve_device(RunSettings(device=device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(UserError, match="no CUDA GPU"):
+        resolve_device(RunSettings(device="cuda"))
+
+
+def test_auto_precision_follows_the_hardware(monkeypatch):
+    assert resolve_precision(RunSettings(precision="bf16"), CPU) == "bf16"
+    for has, expected in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
+        assert resolve_precision(RunSettings(), CPU) == expected
+
+
+def test_autocast_computes_in_the_named_precision():
+    x = torch.ones(4, 4)
+    with autocast(CPU, "bf16"):
+        assert (x @ x).dtype == torch.bfloat16
+    with autocast(CPU, "float32"):
+        assert (x @ x).dtype == torch.float32
+
+
+def test_machine_info_names_what_figures_depend_on():
+    info = machine_info()
+    assert info["cores"] >= 1
+    assert info["memory_bytes"] > 2**28
+    assert info["torch"] == torch.__version__
