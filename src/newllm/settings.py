@@ -126,8 +126,11 @@ class EvaluationSettings:
     """At most this many held-out tokens for each perplexity; None takes the whole split."""
     eval_batch_size: int = 16
     """Windows in an evaluation batch."""
+    position_window: int | None = None
+    """Tokens of the windows in which perplexity is taken by position; longer than --seq-length, it shows how a model
+    does beyond the lengths it was trained on."""
     sliding_window: int | None = None
-    """Context of the sliding-window perplexity, in tokens (SYSTEMS: 2048 at full size)."""
+    """Context of the sliding-window perplexity, in tokens."""
     sliding_stride: int | None = None
     """Tokens scored in each step of the sliding window."""
     decode_context: int | None = None
@@ -176,10 +179,18 @@ class RunSettings(CommonSettings):
     seed: int = 0
     """Seed of initialisation and data order."""
 
-    def hash(self) -> str:
-        """Identifies what the run computes: finished runs are reused only for the same hash."""
-        irrelevant = {"cache_dir", "report_to", "checkpoint_minutes", "efficiency", "efficiency_seconds"}
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in irrelevant}
+    def hash(self, *, training_only: bool = False) -> str:
+        """Identifies what the run computes: it is reused only for the same hash.
+
+        Threads change rounding alone: an interrupted run ends bit-equal only with as many as before.
+        training_only leaves out what is measured after training, so that another measurement trains nothing again.
+        """
+        left_out = {"cache_dir", "report_to", "checkpoint_minutes", "threads", "efficiency", "efficiency_seconds"}
+        if training_only:
+            # eval_tokens and eval_batch_size also shape the validation loss that chooses the checkpoint.
+            after = {field.name for field in dataclasses.fields(EvaluationSettings)}
+            left_out |= after - {"eval_tokens", "eval_batch_size"}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         if self.plugin is not None:
             values["plugin"] = hashlib.sha256(Path(self.plugin).read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -220,7 +231,8 @@ def resolve(settings: S) -> S:
 POSITIVE = (
     *("hidden_size", "num_layers", "num_heads", "intermediate_size", "seq_length", "vocab_size", "lr", "batch_size"),
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
-    *("eval_batch_size", "sliding_window", "sliding_stride", "decode_context"),
+    *("eval_batch_size", "sliding_window", "sliding_stride"),
+    *("position_window", "decode_context"),
 )
 
 

@@ -46,7 +46,8 @@ def loss_of(before, token):
 
 def settings(**values) -> RunSettings:
     defaults = {"seq_length": 8, "eval_batch_size": 3, "sliding_window": 8, "sliding_stride": 3, "precision": "float32"}
-    return RunSettings(**(defaults | values))
+    values = defaults | values
+    return RunSettings(**({"position_window": values["seq_length"]} | values))
 
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -118,6 +119,13 @@ def test_position_ranges_add_up_to_the_whole(lengths, seq_length):
     parts, share = result["recall"], result["recall"]["repeated_share"]
     nats = sum(w * math.log(parts[k]) for k, w in (("repeated", share), ("other", 1 - share)) if parts[k] is not None)
     assert nats == pytest.approx(result["loss"])
+
+
+def test_position_windows_may_be_longer_than_training():
+    result = pp.evaluate(Pairs(), Tokens([100]), settings(seq_length=20, position_window=40))
+    beyond = {(entry["from"], entry["to"]): entry["beyond_training"] for entry in result["ppl_by_position"]}
+    assert beyond == {(0, 16): False, (16, 32): True, (32, 40): True}
+    assert sum(entry["tokens"] for entry in result["ppl_by_position"]) == 100
 
 
 def test_position_ranges():

@@ -1,9 +1,10 @@
-"""Perplexity of a model on held-out tokens (SYSTEMS §13): four views of one list of losses per token.
+"""Perplexity of a model on held-out tokens (SYSTEMS §13): five views of one list of losses per token.
 
 Every view is a plan of spans: the model reads `ids[start:stop]` with fresh state and the tokens `ids[first:stop]` are
 scored, each with what stands before it in the span as context. The plans differ only in how they cut the split:
 
-- contiguous: windows as long as in training; their mean loss is *the* loss, also split by position and by recall;
+- contiguous: windows as long as in training; their mean loss is *the* loss, also split by recall;
+- by position: windows that may be longer than in training;
 - sliding: long windows that advance by a stride and never leave a document;
 - segments: the sliding window's steps without the context before them, which is what a model is worth that is fed
   text piece by piece and remembers nothing. A warning, not a result.
@@ -136,23 +137,22 @@ def evaluate(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) 
 
     "bits_per_byte" is the loss per token times the split's tokens per byte: total bits / total bytes, exactly, when the
     whole split is scored, and an estimate when eval_tokens limits it. A separator costs bits but counts no byte.
-    "ppl_by_position" counts from the input at which a prediction is made: 0 sees one token.
+    "ppl_by_position" counts from the input at which a prediction is made: 0 sees one token. It is taken over windows of
+    position_window tokens, so that it may go beyond what training showed.
     """
     spans = _contiguous(tokens, settings)
-    num_positions = settings.seq_length - 1  # type: ignore[operator]
-    total, count = np.zeros(num_positions), np.zeros(num_positions, dtype=np.int64)
+    total, count = 0.0, 0
     recall_total, recall_count = np.zeros(2), np.zeros(2, dtype=np.int64)
     for batch in score(model, tokens.ids, spans, settings):
-        width = batch.losses.shape[1]
         losses = np.where(batch.mask, batch.losses, 0.0)
-        total[:width] += losses.sum(axis=0)
-        count[:width] += batch.mask.sum(axis=0)
+        total += float(losses.sum())
+        count += int(batch.mask.sum())
         repeated = completes_seen_bigram(batch.input_ids)
         for index, chosen in enumerate((repeated, ~repeated)):
             recall_total[index] += losses[chosen].sum()
             recall_count[index] += (chosen & batch.mask).sum()
 
-    loss = float(total.sum() / count.sum())
+    loss = total / count
     window, stride = settings.sliding_window, settings.sliding_stride
     assert window is not None
     assert stride is not None
@@ -162,16 +162,8 @@ def evaluate(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) 
         "loss": loss,
         "ppl": perplexity(loss),
         "bits_per_byte": loss / math.log(2) * len(tokens.ids) / tokens.num_bytes,
-        "tokens": int(count.sum()),
-        "ppl_by_position": [
-            {
-                "from": low,
-                "to": high,
-                "ppl": _ratio(total[low:high], count[low:high]),
-                "tokens": int(count[low:high].sum()),
-            }
-            for low, high in position_ranges(settings.seq_length)  # type: ignore[arg-type]
-        ],
+        "tokens": count,
+        "ppl_by_position": ppl_by_position(model, tokens, settings),
         "sliding_ppl": perplexity(_mean_loss(model, tokens.ids, sliding, settings)),
         "sliding": {"window": window, "stride": stride, "tokens": sliding.num_scored},
         "segment_ppl": perplexity(_mean_loss(model, tokens.ids, segments, settings)),
@@ -181,6 +173,28 @@ def evaluate(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) 
             "repeated_share": float(recall_count[0] / recall_count.sum()),
         },
     }
+
+
+def ppl_by_position(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) -> list[dict[str, Any]]:
+    """Perplexity of the predictions made in each range of positions of windows of position_window tokens."""
+    window = settings.position_window
+    assert window is not None
+    total, count = np.zeros(window - 1), np.zeros(window - 1, dtype=np.int64)
+    spans = limit(contiguous_spans(len(tokens.ids), window), settings.eval_tokens)
+    for batch in score(model, tokens.ids, spans, settings):
+        width = batch.losses.shape[1]
+        total[:width] += np.where(batch.mask, batch.losses, 0.0).sum(axis=0)
+        count[:width] += batch.mask.sum(axis=0)
+    return [
+        {
+            "from": low,
+            "to": high,
+            "ppl": _ratio(total[low:high], count[low:high]),
+            "tokens": int(count[low:high].sum()),
+            "beyond_training": high > settings.seq_length,  # type: ignore[operator]
+        }
+        for low, high in position_ranges(window)
+    ]
 
 
 def position_ranges(seq_length: int) -> list[tuple[int, int]]:

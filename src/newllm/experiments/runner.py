@@ -77,6 +77,11 @@ def run_folder(out: Path, run: RunSettings) -> Path:
     return out / file_name(f"{run.model}-seed{run.seed}")
 
 
+def is_finished(result: dict[str, Any], run: RunSettings) -> bool:
+    """Whether a run folder's result.json holds the row of exactly this run; training alone may be older."""
+    return bool(result.get("row", {}).get("hash") == run.hash())
+
+
 def file_name(text: str) -> str:
     """The text with what a file name cannot hold on some system replaced."""
     return re.sub(r"[^\w.,=-]+", "_", text)
@@ -109,7 +114,7 @@ class Comparison:
     def add(self, run: RunSettings) -> None:
         """Trains and evaluates a run and writes results and report anew; or takes it from its folder."""
         folder = run_folder(self.out, run)
-        finished = "row" in claim_run_folder(folder, run, self.data.fingerprint)
+        finished = is_finished(claim_run_folder(folder, run, self.data.fingerprint), run)
         try:
             row = self.finished_row(run, folder)
         except Exception as error:  # one broken model must not cost the others their results
@@ -132,7 +137,7 @@ class Comparison:
 
     def finished_row(self, run: RunSettings, folder: Path) -> dict[str, Any]:
         result = read_result(folder)
-        if "row" not in result:
+        if not is_finished(result, run):
             training = train(run, self.data, folder, self.display)
             self.display.phase("evaluating")
             result = read_result(folder) | {"row": make_row(run, self.data, folder, training)}
@@ -145,7 +150,9 @@ class Comparison:
 
         Kept in efficiency.json for as long as it is about the same models and settings, since it takes a while.
         """
-        rows = {row["model"]: row for row in reversed(self.rows)}
+        rows: dict[str, dict[str, Any]] = {}
+        for row in self.rows:
+            rows.setdefault(row["model"], row)
         key = {
             "runs": {model: row["hash"] for model, row in rows.items()},
             "settings": [self.settings.efficiency_seconds, self.settings.decode_context],

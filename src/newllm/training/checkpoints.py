@@ -144,7 +144,8 @@ def claim_run_folder(run_folder: Path, settings: RunSettings, data_fingerprint: 
     The same settings on the same data continue where they were. Anything else is another run: its folder is kept
     once as `NAME~old`, since it may hold hours of training.
     """
-    identity = {"model": settings.model, "seed": settings.seed, "hash": settings.hash(), "data": data_fingerprint}
+    identity: dict[str, Any] = {"model": settings.model, "seed": settings.seed, "data": data_fingerprint}
+    identity["hash"] = settings.hash(training_only=True)
     result = read_result(run_folder)
     if any(result.get(key) != value for key, value in identity.items()):
         if run_folder.exists() and any(run_folder.iterdir()):

@@ -174,12 +174,13 @@ def loss_plot(summaries: list[ModelSummary]) -> Figure | None:
 
 
 def _by_position(summary: ModelSummary) -> dict[str, dict[int, float]]:
-    """{"16–32": {seed: perplexity}}"""
+    """{"16–32": {seed: perplexity}}, with a star where the range lies beyond the windows of training."""
     ranges: dict[str, dict[int, float]] = {}
     for row in summary.rows:
         for item in row.get("ppl_by_position") or []:
             if item.get("ppl") is not None:
-                ranges.setdefault(f"{item['from']}–{item['to']}", {})[row["seed"]] = item["ppl"]
+                name = f"{item['from']}–{item['to']}{' *' if item.get('beyond_training') else ''}"
+                ranges.setdefault(name, {})[row["seed"]] = item["ppl"]
     return ranges
 
 

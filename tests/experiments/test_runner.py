@@ -1,0 +1,211 @@
+"""A comparison from the outside: what it leaves, what it keeps, and what it does when a model fails."""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+
+import psutil
+import pytest
+
+from newllm.cli import main
+from newllm.commands.flags import Parser
+from newllm.data import prepare
+from newllm.data.corpora import open_corpus
+from newllm.evaluation.perplexity import evaluate
+from newllm.experiments import runner
+from newllm.experiments.results import read_results
+from newllm.models import load_model
+from newllm.settings import DataSettings, ExperimentSettings, RunSettings, UserError, resolve
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    document = next(iter(open_corpus(DataSettings()).documents()))
+    (folder / "play.txt").write_text(document.text[:60_000])
+    return folder
+
+
+def tiny(text, out, **changes):
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 300}
+    values = {"seq_length": 32, "batch_size": 4, "evaluations": 2, "max_tokens": 6 * 128, "eval_tokens": 500}
+    more = {"sliding_window": 64, "sliding_stride": 32, "decode_context": 64, "threads": 1, "efficiency": False}
+    paths = {"data": str(text / "play.txt"), "cache_dir": str(text / "cache"), "out": str(out)}
+    return ExperimentSettings(**shape | values | more | paths | {"models": ["pythia", "mqa"]} | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A comparison of two models and two seeds that is done."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    return runner.compare(tiny(text, out, seeds=[0, 1])).parent
+
+
+def test_a_comparison_leaves_runs_results_and_a_report(text, finished):
+    runs = ["mqa-seed0", "mqa-seed1", "pythia-seed0", "pythia-seed1"]
+    assert sorted(path.name for path in finished.iterdir()) == [*runs, "report.html", "report.md", "results.json"]
+    assert not finished.with_name("out.lock").exists()
+    results = read_results(finished)
+    assert [(row["model"], row["seed"]) for row in results["rows"]] == [
+        ("pythia", 0), ("mqa", 0), ("pythia", 1), ("mqa", 1),
+    ]  # fmt: skip
+    assert results["baseline"] == "pythia"
+    assert results["failed"] == []
+    for row in results["rows"]:
+        assert row["tokens"] == 6 * 128
+        assert row["valid"]
+        assert row["sample"]
+        assert row["val_ppl"] == pytest.approx(math.exp(row["val_loss"]))
+        assert row["curve"][-1]["val_loss"] >= row["val_loss"]
+    assert results["rows"][1]["layers"] == "2 × pythia (num_kv_heads=1)"
+    assert results["rows"][0]["layers"] == "2 × pythia"
+
+
+def test_a_row_says_what_its_model_does(text, finished):
+    """Validation and test figures of a row are those of the model in the run folder."""
+    settings = resolve(tiny(text, finished))
+    data = prepare(settings)
+    for row in read_results(finished)["rows"][:2]:
+        folder = finished / f"{row['model']}-seed0"
+        validation, test = (
+            evaluate(load_model(folder), data.splits[name], settings) for name in ("validation", "test")
+        )
+        assert (validation["loss"], validation["bits_per_byte"]) == (row["val_loss"], row["bits_per_byte"])
+        assert (test["ppl"], test["bits_per_byte"]) == (row["test_ppl"], row["test_bits_per_byte"])
+        assert test["sliding_ppl"] == row["sliding_ppl"]
+
+
+def test_started_again_it_trains_nothing_and_says_the_same(text, finished, monkeypatch):
+    before = read_results(finished)
+
+    def no_training(*arguments):
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(runner, "train", no_training)
+    runner.compare(tiny(text, finished, seeds=[0, 1]))
+    after = read_results(finished)
+    assert after["rows"] == before["rows"]
+
+
+def test_more_seeds_and_models_train_only_what_is_new(text, finished, monkeypatch):
+    trained = []
+    train = runner.train
+    monkeypatch.setattr(runner, "train", lambda run, *rest: trained.append((run.model, run.seed)) or train(run, *rest))
+    runner.compare(tiny(text, finished, models=["pythia", "mqa", "pythia_nope"], seeds=[0, 1]))
+    assert trained == [("pythia_nope", 0), ("pythia_nope", 1)]
+
+
+def test_other_settings_train_anew_and_keep_the_old_run_aside(text, tmp_path):
+    for tokens in (128, 256):
+        runner.compare(tiny(text, tmp_path / "out", models=["mqa"], max_tokens=tokens))
+        assert read_results(tmp_path / "out")["rows"][0]["tokens"] == tokens
+    assert json.loads((tmp_path / "out" / "mqa-seed0~old" / "result.json").read_text())["row"]["tokens"] == 128
+
+
+def test_speed_and_memory_are_the_same_for_all_seeds_and_kept(text, finished, monkeypatch):
+    calls = []
+
+    def measure_all(folders, settings):
+        calls.append([folder.name for folder in folders])
+        return [{"decode_ms_per_token": float(index), "efficiency_error": None} for index in range(len(folders))]
+
+    monkeypatch.setattr(runner, "measure_all", measure_all)
+    for _ in range(2):
+        runner.compare(tiny(text, finished, seeds=[0, 1], efficiency=True))
+    assert calls == [["pythia-seed0", "mqa-seed0"]]
+    assert [row["decode_ms_per_token"] for row in read_results(finished)["rows"]] == [0, 1, 0, 1]
+
+
+PLUGIN = """
+from newllm.models.layers.base import Layer, register_layer
+
+@register_layer("{name}")
+class Broken(Layer):
+    def __init__(self, hidden_size, num_heads, intermediate_size):
+        super().__init__()
+
+    def forward(self, x, *, positions, mask, state):
+        raise ZeroDivisionError("nothing to divide by")
+"""
+
+
+def test_a_failing_model_is_recorded_and_the_others_go_on(text, tmp_path, capsys):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(PLUGIN.format(name="broken_one"))
+    settings = tiny(text, tmp_path / "out", models=["broken_one", "mqa"], plugin=str(plugin))
+    flags = shlex.split(runner.command(resolve(settings)))[1:]
+    assert main(flags) == 1
+    results = read_results(tmp_path / "out")
+    assert [row["model"] for row in results["rows"]] == ["mqa"]
+    assert results["failed"] == [{"model": "broken_one", "seed": 0, "error": "ZeroDivisionError: nothing to divide by"}]
+    assert "ZeroDivisionError" in (tmp_path / "out" / "broken_one-seed0" / "error.txt").read_text()
+    assert "failed: ZeroDivisionError: nothing to divide by" in capsys.readouterr().out
+
+
+def test_when_every_model_fails_the_error_is_raised(text, tmp_path):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(PLUGIN.format(name="broken_two"))
+    with pytest.raises(ZeroDivisionError):
+        runner.compare(tiny(text, tmp_path / "out", models=["broken_two"], plugin=str(plugin)))
+
+
+def test_a_wrong_model_is_found_before_anything_is_made(text, tmp_path):
+    with pytest.raises(UserError, match="did you mean 'mqa'"):
+        runner.compare(tiny(text, tmp_path / "out", models=["pythia", "mqaa"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_comparisons_do_not_share_a_folder(text, tmp_path):
+    parent = psutil.Process(os.getppid())
+    holder = {"pid": parent.pid, "started": parent.create_time()}
+    (tmp_path / "out.lock").write_text(json.dumps(holder))
+    with pytest.raises(UserError, match=f"process {parent.pid}"):
+        runner.compare(tiny(text, tmp_path / "out"))
+
+
+def test_an_interrupted_comparison_is_readable_and_continues(text, tmp_path, monkeypatch):
+    train = runner.train
+
+    def interrupted(run, *rest):
+        if run.model == "mqa":
+            raise KeyboardInterrupt
+        return train(run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.compare(tiny(text, tmp_path / "out"))
+    assert [row["model"] for row in read_results(tmp_path / "out")["rows"]] == ["pythia"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    runner.compare(tiny(text, tmp_path / "out"))
+    assert [row["model"] for row in read_results(tmp_path / "out")["rows"]] == ["pythia", "mqa"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scale": "small"},
+        {"scale": "pythia-70m", "seeds": [3, 4], "lr": 5e-5},
+        {"models": ["gqa:num_kv_heads=1,window=64", "my model"], "name": "Windows & heads", "out": "runs/a b"},
+        {"samples": 100, "tokenizer": "some/name", "efficiency": False, "report_to": ["tensorboard"]},
+        {"epochs": 0.5, "eval_tokens": 100, "max_documents": 7},
+    ],
+)
+def test_the_printed_command_repeats_the_comparison(changes):
+    settings = resolve(ExperimentSettings(**changes))
+    words = shlex.split(runner.command(settings))
+    assert words[:2] == ["newllm", "compare"]
+    parser = Parser("compare")
+    parser.add_settings(ExperimentSettings)
+    assert dataclasses.asdict(resolve(parser.settings(parser.parse(words[2:])))) == dataclasses.asdict(settings)
+
+
+def test_folder_names_are_safe(tmp_path):
+    run = resolve(RunSettings(model="gqa:num_kv_heads=1,position.type=none", seed=2))
+    assert runner.run_folder(tmp_path, run).name == "gqa_num_kv_heads=1,position.type=none-seed2"
+    assert (
+        runner.resolve_out(ExperimentSettings(name="Heads / windows: a look")).name == "Heads_windows_a_look-quickstart"
+    )
