@@ -27,7 +27,15 @@ from newllm.experiments.rows import make_row
 from newllm.models import check_model_spec, load_plugin
 from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
 from newllm.training import machine_info, resolve_device, set_threads, train
-from newllm.training.checkpoints import claim_run_folder, lock, make_folder, read_result, write_result, write_whole
+from newllm.training.checkpoints import (
+    claim_run_folder,
+    explaining_full_disk,
+    lock,
+    make_folder,
+    read_result,
+    write_result,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
@@ -194,9 +202,10 @@ class Comparison:
         }
 
     def write(self) -> None:
-        write_results(self.out, self.results())
-        if self.rows:
-            write_report(self.out)
+        with explaining_full_disk(self.out):
+            write_results(self.out, self.results())
+            if self.rows:
+                write_report(self.out)
 
 
 def command(settings: ExperimentSettings) -> str:

@@ -25,29 +25,35 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @contextlib.contextmanager
+def explaining_full_disk(folder: Path) -> Iterator[None]:
+    """Turns the error of a write that found no space into one line for the user."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # each writer reports a full disk in its own way
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        # torch.save hides the cause, so the free space decides where the message does not.
+        if "No space left" in str(error) or shutil.disk_usage(existing).free < 2**20:
+            raise UserError(
+                f"no space left on the disk of {folder}: free some and run the same command again; "
+                "what was complete is kept"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A staging folder to write into; it becomes `folder` when the block ends without an error."""
     staging = folder.with_name(folder.name + INCOMPLETE)
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        yield staging
-    except (OSError, RuntimeError, SafetensorError) as error:  # each writer reports a full disk in its own way
-        full = disk_full(error, folder.parent)
+        with explaining_full_disk(folder.parent):
+            staging.mkdir(parents=True)
+            yield staging
+    except Exception:
         shutil.rmtree(staging, ignore_errors=True)
-        if full:
-            raise UserError(
-                f"no space left on the disk of {folder.parent}: free some and run the same command again; "
-                "what was complete is kept"
-            ) from error
         raise
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
-
-
-def disk_full(error: Exception, folder: Path) -> bool:
-    """torch.save hides the cause of a failed write, so the free space decides where the message does not."""
-    return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -92,16 +98,9 @@ def write_result(run_folder: Path, result: dict[str, Any]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Replaces a text file so that a reader, or a kill, sees the old or the new one and never a part."""
     staging = path.with_name(path.name + INCOMPLETE)
-    try:
+    with explaining_full_disk(path.parent):
         staging.write_text(text, encoding="utf-8")
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        if disk_full(error, path.parent):
-            raise UserError(
-                f"no space left on the disk of {path.parent}: free some, run the same command again"
-            ) from error
-        raise
-    staging.replace(path)
+        staging.replace(path)
 
 
 @contextlib.contextmanager

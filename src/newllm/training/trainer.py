@@ -39,6 +39,7 @@ from newllm.training.checkpoints import (
     checkpoints,
     claim_run_folder,
     complete_folder,
+    explaining_full_disk,
     lock,
     remove_except,
     write_result,
@@ -219,7 +220,7 @@ def train(
     result.json under "training", the returned result; a second call returns that. settings must be resolved.
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
     """
-    with lock(folder):
+    with lock(folder), explaining_full_disk(folder):
         result = claim_run_folder(folder, settings, data.fingerprint)
         if "training" not in result:
             result |= {"training": asdict(_train(settings, data, folder, on_progress))}
