@@ -10,6 +10,7 @@ from newllm.experiments.results import ModelSummary, Results, decimals, number, 
 STATE = ALL_COLUMNS["state_bytes"]
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
 TRAINING = ALL_COLUMNS["train_tokens_per_second"]
+CORPUS_TITLES = {"shakespeare": "Shakespeare's plays", "pile": "the Pile"}
 DECODING = ALL_COLUMNS["decode_ms_per_token"]
 
 
@@ -206,11 +207,12 @@ def short_facts(results: Results) -> list[str]:
 
 
 def corpus(results: Results) -> str:
-    return str(results["data"].get("corpus") or results["settings"].get("data", ""))
+    name = str(results["data"].get("corpus") or results["settings"].get("data", ""))
+    return CORPUS_TITLES.get(name, name)
 
 
 def _text(settings: dict[str, Any], data: dict[str, Any]) -> str:
-    said = [str(data.get("corpus") or settings.get("data", ""))]
+    said = [CORPUS_TITLES.get(settings.get("data", ""), str(data.get("corpus") or settings.get("data", "")))]
     for split, counts in (data.get("splits") or {}).items():
         said.append(f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     if data.get("tokenizer"):
