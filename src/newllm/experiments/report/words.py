@@ -178,10 +178,10 @@ def _certainty(summaries: list[ModelSummary], shown: list[ModelSummary]) -> str:
 
 def facts(results: Results) -> list[tuple[str, str]]:
     """What was compared, on which text, under which budget, where and when; (label, text)."""
-    settings, data, machine = results["settings"], results["data"], results["machine"]
+    settings, machine = results["settings"], results["machine"]
     seeds = sorted({row["seed"] for row in results["rows"]})
     rows = [
-        ("Text", _text(settings, data)),
+        ("Text", _text(results)),
         ("Budget", _budget(settings, results["rows"])),
         ("Shape", _shape(settings)),
         ("Seeds", f"{count(len(seeds), 'seed')}: {', '.join(map(str, seeds))}" if seeds else ""),
@@ -211,8 +211,9 @@ def corpus(results: Results) -> str:
     return CORPUS_TITLES.get(name, name)
 
 
-def _text(settings: dict[str, Any], data: dict[str, Any]) -> str:
-    said = [CORPUS_TITLES.get(settings.get("data", ""), str(data.get("corpus") or settings.get("data", "")))]
+def _text(results: Results) -> str:
+    data = results["data"]
+    said = [corpus(results)]
     for split, counts in (data.get("splits") or {}).items():
         said.append(f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     if data.get("tokenizer"):
