@@ -144,12 +144,13 @@ class KeyValueState(LayerState):
     def _make_room(self, k: Tensor, v: Tensor) -> None:
         used, T = self.stop - self.start, k.shape[2]
         if not self.buffers:
-            self.buffers = [new.new_empty(*new.shape[:2], T, new.shape[3]) for new in (k, v)]
+            self.buffers = [new.new_zeros(*new.shape[:2], T, new.shape[3]) for new in (k, v)]
         elif self.stop + T > self.buffers[0].shape[2]:
             kept = used + T if self.window is None else max(self.window - 1, T)
             capacity = max(used + T, kept * 5 // 4)
             for n, old in enumerate(self.buffers):
-                self.buffers[n] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                # Zeros, since attention multiplies what is not yet written by 0.
+                self.buffers[n] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
                 self.buffers[n][:, :, :used] = old[:, :, self.start : self.stop]
             self.start, self.stop = 0, used
 
