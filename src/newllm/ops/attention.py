@@ -90,7 +90,7 @@ def _direct(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, window: int 
     """Few queries, many keys (decoding): two matrix products, query heads of one key head stacked as rows."""
     B, H, T, d = q.shape
     Hk, S, dv = k.shape[1], k.shape[2], v.shape[3]
-    (k, start), (v, _) = _whole_buffer(k), _whole_buffer(v)
+    k, v, start = _whole_buffers(k, v)
     C = k.shape[2]  # S tokens stand at [start, start + S) of C
     rows = q.reshape(B, Hk, H // Hk * T, d) * d**-0.5
     with torch.autocast(q.device.type, enabled=False):
@@ -104,19 +104,21 @@ def _direct(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, window: int 
         return (weights @ v).view(B, H, T, dv)
 
 
-def _whole_buffer(x: Tensor) -> tuple[Tensor, int]:
-    """x (B, N, S, d), and if it is a view of the tokens [start, start + S) of a longer buffer, that buffer and start.
+def _whole_buffers(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+    """k and v (B, N, S, ·), or, if they are views of the tokens [start, start + S) of longer buffers, those and start.
 
-    A matrix product of bf16 on a CPU copies an operand whose heads do not lie close together, which takes longer than
-    to multiply with a quarter more tokens. What else stands in the buffer must be finite: it is multiplied by 0.
+    On a CPU a product of bf16 matrices copies an operand whose heads do not lie close together, which takes longer than
+    to multiply with a quarter more tokens. What else stands in the buffers must be finite: it is multiplied by 0.
     """
-    if x.is_contiguous() or x.dtype == torch.float32 or x.requires_grad:
-        return x, 0
-    B, N, S, d = x.shape
-    C = x.stride(1) // d
-    whole = x.stride() == (N * C * d, C * d, d, 1)
-    if not whole or N == 1:
-        return x, 0
-    offset = x.storage_offset()
-    start = offset % (C * d) // d
-    return x.as_strided((B, N, C, d), x.stride(), offset - start * d), start
+    capacity = k.stride(1) // k.shape[3]
+    if k.device.type != "cpu" or k.dtype == torch.float32 or k.requires_grad or capacity <= k.shape[2]:
+        return k, v, 0
+    wholes, starts = [], []
+    for x in (k, v):
+        B, N, _, d = x.shape
+        if x.stride() != (N * capacity * d, capacity * d, d, 1):
+            return k, v, 0
+        starts.append(x.storage_offset() % (capacity * d) // d)
+        first = x.storage_offset() - starts[-1] * d
+        wholes.append(x.as_strided((B, N, capacity, d), x.stride(), first))
+    return (wholes[0], wholes[1], starts[0]) if starts[0] == starts[1] else (k, v, 0)
