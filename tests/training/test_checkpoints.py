@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import time
 
 import psutil
 import pytest
@@ -76,7 +78,21 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path)
     path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time() - 60}))  # the id was used again
     with lock(tmp_path / "run"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
+        with lock(tmp_path / "run"):  # the process that has it may enter again
+            pass
+        assert path.exists()
     assert not path.exists()
+
+
+def test_a_zombie_holds_no_lock(tmp_path):
+    ended = subprocess.Popen(["true"])
+    process = psutil.Process(ended.pid)
+    (tmp_path / "run.lock").write_text(json.dumps({"pid": ended.pid, "started": process.create_time()}))
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with lock(tmp_path / "run"):
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    ended.wait()
 
 
 def test_a_run_folder_continues_the_same_run_and_keeps_another_one_aside(tmp_path):

@@ -107,24 +107,37 @@ def write_whole(path: Path, text: str) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """Keeps a second process out of a folder. The lock of a process that is no more is taken over.
 
-    The file NAME.lock stands beside the folder, since the folder itself may be renamed.
+    The process that has it may enter again. The file NAME.lock stands beside the folder, since the folder itself may be
+    renamed.
     """
     path = folder.with_name(folder.name + ".lock")
-    me = psutil.Process()
-    if path.is_file():
-        holder = json.loads(path.read_text())
-        # A process id is used again some day; together with the time of its start it is unique.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if holder["started"] == psutil.Process(holder["pid"]).create_time() and holder["pid"] != me.pid:
-                raise UserError(
-                    f"another newllm (process {holder['pid']}) works in {folder}: wait for it, or give another --out"
-                )
+    me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    holder = json.loads(path.read_text()) if path.is_file() else None
+    if holder == me:
+        yield
+        return
+    if holder is not None and is_running(**holder):
+        raise UserError(
+            f"another newllm (process {holder['pid']}) works in {folder}: wait for it, or give another --out"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"pid": me.pid, "started": me.create_time()}))
+    write_whole(path, json.dumps(me))
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def is_running(pid: int, started: float) -> bool:
+    """A process id is used again some day; together with the time of its start it is unique.
+
+    A zombie has ended; where nobody collects the children of a killed process, it stays.
+    """
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def make_folder(folder: Path) -> None:
