@@ -163,6 +163,9 @@ class ExperimentSettings(CommonSettings):
     """Title of the report."""
     out: str | None = None
     """Result folder; default runs/NAME-SCALE. Started again with the same folder, finished runs are kept."""
+    jobs: int | None = None
+    """Runs trained at the same time, each in a process of its own on its share of the threads. None: on a CPU as many
+    as there are cores, but not more than runs nor than one for each 4 GiB of memory; on a GPU one."""
 
     def runs(self) -> list[RunSettings]:
         """One RunSettings for each seed and model, seed by seed, so that a partial comparison is a fair one."""
@@ -232,14 +235,14 @@ POSITIVE = (
     *("hidden_size", "num_layers", "num_heads", "intermediate_size", "seq_length", "vocab_size", "lr", "batch_size"),
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
     *("eval_batch_size", "sliding_window", "sliding_stride"),
-    *("position_window", "decode_context"),
+    *("position_window", "decode_context", "jobs"),
 )
 
 
 def check(settings: CommonSettings) -> None:
     """Raises UserError for a value no run could work with."""
     for name in POSITIVE:
-        value = getattr(settings, name)
+        value = getattr(settings, name, None)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
     for name in ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share"):

@@ -14,7 +14,7 @@ from newllm.commands.flags import Parser
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.evaluation.perplexity import evaluate
-from newllm.experiments import runner
+from newllm.experiments import run, runner
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.settings import DataSettings, ExperimentSettings, RunSettings, UserError, resolve
@@ -33,7 +33,7 @@ def tiny(text, out, **changes):
     values = {"seq_length": 32, "batch_size": 4, "evaluations": 2, "max_tokens": 6 * 128, "eval_tokens": 500}
     more = {"sliding_window": 64, "sliding_stride": 32, "decode_context": 64, "threads": 1, "efficiency": False}
     paths = {"data": str(text / "play.txt"), "cache_dir": str(text / "cache"), "out": str(out)}
-    return ExperimentSettings(**shape | values | more | paths | {"models": ["pythia", "mqa"]} | changes)
+    return ExperimentSettings(**shape | values | more | paths | {"models": ["pythia", "mqa"], "jobs": 1} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_started_again_it_trains_nothing_and_says_the_same(text, finished, monke
     def no_training(*arguments):
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(runner, "train", no_training)
+    monkeypatch.setattr(run, "train", no_training)
     runner.compare(tiny(text, finished, seeds=[0, 1]))
     after = read_results(finished)
     assert after["rows"] == before["rows"]
@@ -91,8 +91,8 @@ def test_started_again_it_trains_nothing_and_says_the_same(text, finished, monke
 
 def test_more_seeds_and_models_train_only_what_is_new(text, finished, monkeypatch):
     trained = []
-    train = runner.train
-    monkeypatch.setattr(runner, "train", lambda run, *rest: trained.append((run.model, run.seed)) or train(run, *rest))
+    train = run.train
+    monkeypatch.setattr(run, "train", lambda one, *rest: trained.append((one.model, one.seed)) or train(one, *rest))
     runner.compare(tiny(text, finished, models=["pythia", "mqa", "pythia_nope"], seeds=[0, 1]))
     assert trained == [("pythia_nope", 0), ("pythia_nope", 1)]
 
@@ -166,15 +166,15 @@ def test_two_comparisons_do_not_share_a_folder(text, tmp_path):
 
 
 def test_an_interrupted_comparison_is_readable_and_continues(text, tmp_path, monkeypatch):
-    train = runner.train
+    train = run.train
 
-    def interrupted(run, *rest):
-        if run.model == "mqa":
+    def interrupted(one, *rest):
+        if one.model == "mqa":
             raise KeyboardInterrupt
-        return train(run, *rest)
+        return train(one, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "train", interrupted)
+        patch.setattr(run, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             runner.compare(tiny(text, tmp_path / "out"))
     assert [row["model"] for row in read_results(tmp_path / "out")["rows"]] == ["pythia"]
@@ -204,8 +204,8 @@ def test_the_printed_command_repeats_the_comparison(changes):
 
 
 def test_folder_names_are_safe(tmp_path):
-    run = resolve(RunSettings(model="gqa:num_kv_heads=1,position.type=none", seed=2))
-    assert runner.run_folder(tmp_path, run).name == "gqa_num_kv_heads=1,position.type=none-seed2"
+    settings = resolve(RunSettings(model="gqa:num_kv_heads=1,position.type=none", seed=2))
+    assert runner.run_folder(tmp_path, settings).name == "gqa_num_kv_heads=1,position.type=none-seed2"
     assert (
         runner.resolve_out(ExperimentSettings(name="Heads / windows: a look")).name == "Heads_windows_a_look-quickstart"
     )

@@ -34,8 +34,7 @@ def train(settings: RunSettings, out: str | None) -> None:
     make_folder(folder)
     with lock(folder), Display(Console(), total_runs=1) as display:
         data = prepare(settings, display.say)
-        display.start(0, settings)
-        result = run(settings, data, folder, display)
+        result = run(settings, data, folder, display.start(0, settings))
     print(
         f"trained on {result.tokens:,} tokens in {duration(result.seconds)}: "
         f"validation loss {result.best_val_loss:.4f}, perplexity {perplexity(result.best_val_loss):.2f}\n"

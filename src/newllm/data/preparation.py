@@ -72,7 +72,7 @@ def prepare(settings: DataSettings, progress: Callable[[str], None] | None = Non
                 f"cannot write the prepared data to {cache}: {error.strerror or error}; "
                 "make room there or choose another folder with --cache-dir or $NEWLLM_CACHE"
             ) from error
-    data = _load(folder)
+    data = load_prepared(folder)
     _check_length(data, settings)
     return data
 
@@ -183,7 +183,8 @@ def _publish(made: Path, folder: Path) -> None:
             raise
 
 
-def _load(folder: Path) -> PreparedData:
+def load_prepared(folder: Path) -> PreparedData:
+    """The data of a finished preparation, by its folder (the parent of `tokenizer_dir`)."""
     tokenizer_dir = folder / "tokenizer"
     return PreparedData(
         tokenizer=hub.load_tokenizer(str(tokenizer_dir)),

@@ -1,4 +1,4 @@
-"""What a person sees while a comparison runs: a live line in a terminal, a plain line now and then elsewhere."""
+"""What a person sees while runs train: a live line for each in a terminal, plain lines now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """Shows the runs of a comparison one after the other; a context manager.
+    """Shows the runs that are under way, and how many are done; a context manager.
 
-    `start` announces a run, the object itself is the on_progress of `newllm.training.train`, `say` prints a line.
+    `start` gives the line of a run, `say` prints a line that stays.
     """
 
     def __init__(self, console: Console, total_runs: int) -> None:
-        self.console, self.total_runs = console, total_runs
+        self.console, self.total_runs, self.done_runs = console, total_runs, 0
         self.live = Progress(
             TextColumn("{task.description}"),
             BarColumn(20),
@@ -37,8 +37,8 @@ class Display:
             console=console,
             transient=True,
         )
-        self.task = self.live.add_task("", total=1, visible=False, figures="")
-        self.run, self.last_line = "", 0.0
+        self.overall = self.live.add_task("", total=total_runs, visible=total_runs > 1, figures="")
+        self._show_done()
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -53,15 +53,36 @@ class Display:
     def say(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
-    def start(self, index: int, settings: RunSettings) -> None:
-        """Run `index` (from 0) begins."""
-        self.run = f"[{index + 1}/{self.total_runs}] {settings.model}, seed {settings.seed}"
-        self.phase("preparing")
+    def start(self, index: int, settings: RunSettings) -> RunLine:
+        """The line of run `index` (from 0), which begins now."""
+        return RunLine(self, self.label(index, settings))
+
+    def label(self, index: int, settings: RunSettings) -> str:
+        return f"[{index + 1}/{self.total_runs}] {settings.model}, seed {settings.seed}"
+
+    def run_done(self) -> None:
+        self.done_runs += 1
+        self._show_done()
+
+    def busy(self, what: str) -> None:
+        """All runs are done; the comparison is busy with something that has no steps."""
+        self.live.update(self.overall, description=what, total=None, figures="", visible=True)
+
+    def _show_done(self) -> None:
+        description = f"{self.done_runs} of {self.total_runs} runs done"
+        self.live.update(self.overall, description=description, completed=self.done_runs)
+
+
+class RunLine:
+    """Shows one run: is the on_progress of `newllm.training.train`, and is told of what has no steps by `phase`."""
+
+    def __init__(self, display: Display, label: str) -> None:
+        self.display, self.label = display, label
+        self.task = display.live.add_task(escape(label), total=None, figures="preparing")
         self.last_line = time.monotonic()
 
     def phase(self, what: str) -> None:
-        """The run is busy with something that has no steps."""
-        self.live.update(self.task, description=escape(self.run), total=None, figures=what, visible=True)
+        self.display.live.update(self.task, total=None, figures=what)
 
     def __call__(self, progress: TrainProgress) -> None:
         figures = f"step {progress.step:,}/{progress.total_steps:,}"
@@ -70,8 +91,12 @@ class Display:
         if progress.val_loss is not None:
             figures += f"  validation {progress.val_loss:.3f}"
         figures += f"  {progress.tokens_per_second:,.0f} tokens/s  {duration(progress.seconds_left)} left"
-        if self.console.is_terminal:
-            self.live.update(self.task, completed=progress.step, total=progress.total_steps, figures=figures)
+        if self.display.console.is_terminal:
+            self.display.live.update(self.task, completed=progress.step, total=progress.total_steps, figures=figures)
         elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
             self.last_line = time.monotonic()
-            self.say(f"{self.run}  {figures}")
+            self.display.say(f"{self.label}  {figures}")
+
+    def end(self) -> None:
+        """The run is over; its line goes."""
+        self.display.live.remove_task(self.task)

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import re
 import shlex
-import traceback
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,20 +19,20 @@ from rich.console import Console
 
 from newllm.data import prepare
 from newllm.evaluation.efficiency import measure_all
+from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
 from newllm.experiments.results import print_table, write_results
-from newllm.experiments.rows import make_row
+from newllm.experiments.run import ERROR_FILE, error_line, is_finished
 from newllm.models import check_model_spec, load_plugin
-from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
-from newllm.training import machine_info, resolve_device, set_threads, train
+from newllm.settings import ExperimentSettings, RunSettings, resolve
+from newllm.training import machine_info, resolve_device, set_threads
 from newllm.training.checkpoints import (
     claim_run_folder,
     explaining_full_disk,
     lock,
     make_folder,
     read_result,
-    write_result,
     write_whole,
 )
 
@@ -49,23 +48,28 @@ def compare(settings: ExperimentSettings) -> Path:
     """
     settings = resolve(settings)
     resolve_device(settings)
+    jobs, threads = resolve_jobs(settings)
     set_threads(settings)
     check_models(settings)
     out = resolve_out(settings)
     make_folder(out)
     console = Console()
-    runs = settings.runs()
-    with lock(out), Display(console, len(runs)) as display:
+    with lock(out), Display(console, len(settings.runs())) as display:
         data = prepare(settings, display.say)
-        comparison = Comparison(settings, out, data, display)
-        for index, run in enumerate(runs):
-            display.start(index, run)
-            comparison.add(run)
+        comparison = Comparison(settings, out, data, display, jobs)
+        tasks = comparison.keep_finished()
+        if jobs == 1:
+            for task, outcome in finish_here(tasks, data, display):
+                comparison.add(task, outcome)
+        else:
+            with Workers(jobs, threads, data, display) as workers:
+                for task, outcome in workers.finish(tasks):
+                    comparison.add(task, outcome)
         if not comparison.rows:
             raise comparison.errors[0]
         comparison.write()
         if settings.efficiency:
-            display.phase("measuring speed and memory, one model at a time")
+            display.busy("measuring speed and memory, one model at a time")
             comparison.add_efficiency()
     console.print()
     print_table(comparison.results(), console)
@@ -83,11 +87,6 @@ def resolve_out(settings: ExperimentSettings) -> Path:
 
 def run_folder(out: Path, run: RunSettings) -> Path:
     return out / file_name(f"{run.model}-seed{run.seed}")
-
-
-def is_finished(result: dict[str, Any], run: RunSettings) -> bool:
-    """Whether a run folder's result.json holds the row of exactly this run; training alone may be older."""
-    return bool(result.get("row", {}).get("hash") == run.hash())
 
 
 def file_name(text: str) -> str:
@@ -112,46 +111,58 @@ def check_models(settings: ExperimentSettings) -> None:
 class Comparison:
     """The runs so far, and the files that show them."""
 
-    def __init__(self, settings: ExperimentSettings, out: Path, data: PreparedData, display: Display) -> None:
-        self.settings, self.out, self.data, self.display = settings, out, data, display
+    def __init__(
+        self, settings: ExperimentSettings, out: Path, data: PreparedData, display: Display, jobs: int
+    ) -> None:
+        self.settings, self.out, self.data, self.display, self.jobs = settings, out, data, display, jobs
         self.created = datetime.now(UTC).isoformat(timespec="seconds")
-        self.rows: list[dict[str, Any]] = []
-        self.failed: list[dict[str, Any]] = []
-        self.errors: list[Exception] = []
+        self.row_of: dict[int, dict[str, Any]] = {}  # by the run's place in settings.runs()
+        self.error_of: dict[int, Exception] = {}
 
-    def add(self, run: RunSettings) -> None:
-        """Trains and evaluates a run and writes results and report anew; or takes it from its folder."""
-        folder = run_folder(self.out, run)
-        finished = is_finished(claim_run_folder(folder, run, self.data.fingerprint), run)
-        try:
-            row = self.finished_row(run, folder)
-        except Exception as error:  # one broken model must not cost the others their results
-            (folder / "error.txt").write_text(traceback.format_exc())
-            self.errors.append(error)
-            line = (str(error).splitlines() or ["no message"])[0]
-            if not isinstance(error, UserError):
-                line = f"{type(error).__name__}: {line}"
-            self.failed.append({"model": run.model, "seed": run.seed, "error": line})
-            self.display.say(f"{self.display.run}: failed: {line} (details: {folder / 'error.txt'})")
-        else:
-            self.rows.append(row)
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """In the order of the settings, whichever run ended first."""
+        return [self.row_of[index] for index in sorted(self.row_of)]
+
+    @property
+    def errors(self) -> list[Exception]:
+        return [self.error_of[index] for index in sorted(self.error_of)]
+
+    def keep_finished(self) -> list[Task]:
+        """Takes the rows of finished runs from their folders; returns the runs that are still to be done."""
+        tasks = []
+        for index, run in enumerate(self.settings.runs()):
+            folder = run_folder(self.out, run)
+            result = read_result(folder)
+            if is_finished(result, run) and result["data"] == self.data.fingerprint:
+                with lock(folder):
+                    claim_run_folder(folder, run, self.data.fingerprint)
+                (folder / ERROR_FILE).unlink(missing_ok=True)
+                self._add_row(index, run, result["row"], ", kept from before")
+            else:
+                tasks.append(Task(index, run, folder))
+        return tasks
+
+    def add(self, task: Task, outcome: dict[str, Any] | Exception) -> None:
+        """Takes in a run that has ended, and writes results and report anew."""
+        if isinstance(outcome, Exception):
+            self.error_of[task.index] = outcome
             self.display.say(
-                f"{self.display.run}: test perplexity {row['test_ppl']:.2f}, {row['tokens']:,} tokens "
-                f"in {duration(row['seconds'])}{'' if row['valid'] else ', INVALID: it fails a check'}"
-                f"{', kept from before' if finished else ''}"
+                f"{self.display.label(task.index, task.run)}: failed: {error_line(outcome)} "
+                f"(details: {task.folder / ERROR_FILE})"
             )
-        if not finished:
-            self.write()
+            self.display.run_done()
+        else:
+            self._add_row(task.index, task.run, outcome)
+        self.write()
 
-    def finished_row(self, run: RunSettings, folder: Path) -> dict[str, Any]:
-        result = read_result(folder)
-        if not is_finished(result, run):
-            training = train(run, self.data, folder, self.display)
-            self.display.phase("evaluating")
-            result = read_result(folder) | {"row": make_row(run, self.data, folder, training)}
-            write_result(folder, result)
-        (folder / "error.txt").unlink(missing_ok=True)
-        return result["row"]
+    def _add_row(self, index: int, run: RunSettings, row: dict[str, Any], remark: str = "") -> None:
+        self.row_of[index] = row
+        self.display.say(
+            f"{self.display.label(index, run)}: test perplexity {row['test_ppl']:.2f}, {row['tokens']:,} tokens "
+            f"in {duration(row['seconds'])}{'' if row['valid'] else ', INVALID: it fails a check'}{remark}"
+        )
+        self.display.run_done()
 
     def add_efficiency(self) -> None:
         """Measures the models side by side, on one seed's weights: speed and memory do not depend on the seed.
@@ -192,14 +203,21 @@ class Comparison:
             "name": self.settings.name,
             "settings": dataclasses.asdict(self.settings),
             "command": command(self.settings),
-            "machine": machine_info(),
+            "machine": machine_info() | ({"runs_at_a_time": self.jobs} if self.jobs > 1 else {}),
             "data": self.data.info,
             "baseline": self.settings.models[0],
             "created": self.created,
             "version": version("new-llm"),
             "rows": self.rows,
-            "failed": self.failed,
+            "failed": self.failed(),
         }
+
+    def failed(self) -> list[dict[str, Any]]:
+        runs = self.settings.runs()
+        return [
+            {"model": runs[index].model, "seed": runs[index].seed, "error": error_line(error)}
+            for index, error in sorted(self.error_of.items())
+        ]
 
     def write(self) -> None:
         with explaining_full_disk(self.out):

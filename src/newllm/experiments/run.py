@@ -1,0 +1,61 @@
+"""One run of a comparison from beginning to end, in whichever process: train, evaluate, store the row."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from newllm.experiments.rows import make_row
+from newllm.settings import RunSettings, UserError
+from newllm.training import train
+from newllm.training.callbacks import TrainProgress
+from newllm.training.checkpoints import lock, read_result, write_result
+
+if TYPE_CHECKING:
+    from newllm.data import PreparedData
+
+ERROR_FILE = "error.txt"
+
+
+class RunError(RuntimeError):
+    """A run failed in a process of its own; the message says how, in one line."""
+
+
+class Watcher(Protocol):
+    """Is told how a run gets on."""
+
+    def __call__(self, progress: TrainProgress) -> None: ...
+
+    def phase(self, what: str) -> None:
+        """The run is busy with something that has no steps."""
+
+
+def is_finished(result: dict[str, Any], run: RunSettings) -> bool:
+    """Whether a run folder's result.json holds the row of exactly this run; training alone may be older."""
+    return bool(result.get("row", {}).get("hash") == run.hash())
+
+
+def finish_run(run: RunSettings, data: PreparedData, folder: Path, watcher: Watcher) -> dict[str, Any]:
+    """Trains, or continues, and evaluates a run; returns its row, which result.json then holds too.
+
+    Whatever goes wrong is left in error.txt, and raised.
+    """
+    try:
+        with lock(folder):
+            training = train(run, data, folder, watcher)
+            watcher.phase("evaluating")
+            row = make_row(run, data, folder, training)
+            write_result(folder, read_result(folder) | {"row": row})
+    except Exception:
+        folder.mkdir(exist_ok=True)
+        (folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+    (folder / ERROR_FILE).unlink(missing_ok=True)
+    return row
+
+
+def error_line(error: Exception) -> str:
+    """What the results say of a failed run."""
+    line = (str(error).splitlines() or ["no message"])[0]
+    return line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}"

@@ -1,0 +1,181 @@
+"""Several runs at a time: the rows of one at a time, and nobody is left behind however it ends."""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from newllm.cli import main
+from newllm.data.corpora import open_corpus
+from newllm.experiments import jobs, runner
+from newllm.experiments.results import read_results
+from newllm.settings import DataSettings, ExperimentSettings, UserError, resolve
+from newllm.training.checkpoints import checkpoints, read_result
+
+PLUGIN = """
+import os, signal
+from newllm.models.layers.base import Layer, register_layer
+from newllm.settings import UserError
+
+class Broken(Layer):
+    def __init__(self, hidden_size, num_heads, intermediate_size):
+        super().__init__()
+
+@register_layer("jobs_bug")
+class Bug(Broken):
+    def forward(self, x, *, positions, mask, state):
+        raise ZeroDivisionError("nothing to divide by")
+
+@register_layer("jobs_wrong_input")
+class WrongInput(Broken):
+    def forward(self, x, *, positions, mask, state):
+        raise UserError("choose another width")
+
+@register_layer("jobs_out_of_memory")
+class OutOfMemory(Broken):
+    def forward(self, x, *, positions, mask, state):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A function that gives the settings of a tiny comparison, with one evaluation and so one regular checkpoint."""
+    folder = tmp_path_factory.mktemp("text")
+    document = next(iter(open_corpus(DataSettings()).documents()))
+    (folder / "play.txt").write_text(document.text[:60_000])
+    (folder / "broken.py").write_text(PLUGIN)
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 300}
+    values = {"seq_length": 32, "batch_size": 4, "evaluations": 1, "max_tokens": 150 * 128, "eval_tokens": 500}
+    more = {"sliding_window": 64, "sliding_stride": 32, "decode_context": 64, "threads": 1, "efficiency": False}
+    paths = {"data": str(folder / "play.txt"), "cache_dir": str(folder / "cache"), "plugin": str(folder / "broken.py")}
+
+    def settings(out, **changes):
+        own = {"models": ["pythia", "mqa"], "out": str(out), "jobs": 2}
+        return resolve(ExperimentSettings(**shape | values | more | paths | own | changes))
+
+    return settings
+
+
+def figures(out):
+    """The rows without what depends on the clock."""
+    rows = read_results(out)["rows"]
+    for record in [*rows, *(point for row in rows for point in row["curve"])]:
+        record.pop("seconds")
+    return rows
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(tiny, tmp_path_factory):
+    return figures(runner.compare(tiny(tmp_path_factory.mktemp("alone") / "out", jobs=1)).parent)
+
+
+def test_side_by_side_gives_the_same_rows_and_outlives_what_fails(tiny, one_at_a_time, tmp_path):
+    failing = ["jobs_wrong_input", "jobs_out_of_memory", "jobs_bug"]
+    out = runner.compare(tiny(tmp_path / "out", models=[*failing, "pythia", "mqa"])).parent
+    assert figures(out) == one_at_a_time
+    assert {failure["model"]: failure["error"] for failure in read_results(out)["failed"]} == {
+        "jobs_wrong_input": "choose another width",
+        "jobs_out_of_memory": "the process was killed (signal 9): out of memory?",
+        "jobs_bug": "ZeroDivisionError: nothing to divide by",
+    }
+    for model in failing:
+        assert (out / f"{model}-seed0" / "error.txt").is_file()
+    assert not psutil.Process().children()
+
+
+def test_wrong_input_found_in_a_worker_is_wrong_input_here(tiny, tmp_path):
+    with pytest.raises(UserError, match="choose another width"):
+        runner.compare(tiny(tmp_path / "out", models=["jobs_wrong_input"]))
+
+
+def start(settings):
+    """The command in a process of its own: forked, since loading torch again takes longer than the run."""
+    process = multiprocessing.get_context("fork").Process(target=command, args=(settings,))
+    process.start()
+    return process
+
+
+def command(settings):
+    sys.stderr = open(f"{settings.out}.errors", "a", buffering=1)  # noqa: SIM115 (the process ends with it)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell would ignore it
+    os._exit(main(shlex.split(runner.command(settings))[1:]))
+
+
+def wait_for_training(folders, since, process):
+    """Until both runs have begun, or gone on, to train."""
+    files = [folder / "metrics.jsonl" for folder in folders]
+    while not all(file.is_file() and file.stat().st_mtime_ns > since for file in files):
+        assert process.is_alive()
+        time.sleep(0.01)
+
+
+def test_interrupted_and_killed_it_ends_as_if_nothing_had_happened(tiny, one_at_a_time, tmp_path):
+    settings = tiny(tmp_path / "out")
+    folders = [tmp_path / "out" / f"{model}-seed0" for model in settings.models]
+
+    process = start(settings)
+    wait_for_training(folders, 0, process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(600)
+    assert process.exitcode == 130
+    for folder in folders:
+        assert checkpoints(folder) or "training" in read_result(folder)
+        assert not folder.with_name(folder.name + ".lock").exists()
+    said = (tmp_path / "out.errors").read_text()
+    assert said.strip() == "newllm: interrupted; the same command continues where it was"
+
+    begun = time.time_ns()
+    process = start(settings)
+    wait_for_training(folders, begun, process)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.join()
+    for worker in workers:
+        assert not running(worker, seconds=2)
+
+    process = start(settings)
+    process.join(600)
+    assert process.exitcode == 0
+    assert figures(tmp_path / "out") == one_at_a_time
+    assert "Traceback" not in (tmp_path / "out.errors").read_text()
+
+
+def running(process, seconds):
+    """Whether it still runs after that time; an ended process whose parent is gone may stay as a zombie."""
+    deadline = time.monotonic() + seconds
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("changes", "gigabytes", "expected"),
+    [
+        ({"threads": None, "jobs": None}, 64, (2, 4)),  # two runs
+        ({"threads": None, "jobs": None, "seeds": [0, 1, 2, 3, 4]}, 64, (8, 1)),  # eight cores
+        ({"threads": None, "jobs": None, "seeds": [0, 1, 2, 3, 4]}, 23, (5, 1)),  # memory
+        ({"threads": 4, "jobs": None, "seeds": [0, 1]}, 64, (2, 4)),
+        ({"threads": None, "jobs": 3}, 1, (3, 2)),
+        ({"threads": 16, "jobs": None}, 1, (1, 16)),
+    ],
+)
+def test_jobs_and_their_threads(tiny, tmp_path, monkeypatch, changes, gigabytes, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    memory = psutil.virtual_memory()._replace(total=gigabytes * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert jobs.resolve_jobs(tiny(tmp_path, device="cpu", **changes)) == expected
+
+
+def test_zero_jobs_are_wrong_input(tiny, tmp_path):
+    with pytest.raises(UserError, match="--jobs is 0"):
+        tiny(tmp_path, jobs=0)
