@@ -71,7 +71,12 @@ def make_results(seeds: int = 3, models: int | None = None) -> dict:
     rng = random.Random(4)
     while models is not None and len(chosen) < models:
         name = f"mixer_{len(chosen)}"
-        chosen[name] = (rng.uniform(0.95, 1.1), rng.choice([512, 1024, 1536, 2048, 4096]), rng.uniform(0.7, 1.3), rng.uniform(-0.02, 0.02))
+        chosen[name] = (
+            rng.uniform(0.95, 1.1),
+            rng.choice([512, 1024, 1536, 2048, 4096]),
+            rng.uniform(0.7, 1.3),
+            rng.uniform(-0.02, 0.02),
+        )
     names = list(chosen)[: models or len(chosen)]
     rows = [
         make_row(model, seed, *chosen[model])
