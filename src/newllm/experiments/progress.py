@@ -66,7 +66,7 @@ class Display:
 
     def busy(self, what: str) -> None:
         """All runs are done; the comparison is busy with something that has no steps."""
-        self.live.update(self.overall, description=what, total=None, figures="", visible=True)
+        self.live.update(self.overall, description=what, visible=True)
 
     def _show_done(self) -> None:
         description = f"{self.done_runs} of {self.total_runs} runs done"
@@ -82,7 +82,7 @@ class RunLine:
         self.last_line = time.monotonic()
 
     def phase(self, what: str) -> None:
-        self.display.live.update(self.task, total=None, figures=what)
+        self.display.live.update(self.task, figures=what)
 
     def __call__(self, progress: TrainProgress) -> None:
         figures = f"step {progress.step:,}/{progress.total_steps:,}"
