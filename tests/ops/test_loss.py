@@ -9,14 +9,20 @@ from hypothesis import strategies as st
 from newllm.ops import loss, reference
 
 
-@given(rows=st.integers(1, 40), chunk=st.sampled_from([1, 7, 512]), ignored=st.integers(0, 5))
-def test_equals_its_naive_twin_in_value_and_gradient(rows, chunk, ignored):
+@given(
+    rows=st.integers(1, 40),
+    chunk=st.sampled_from([1, 7, 512]),
+    softmax=st.sampled_from([1, 3, 128]),
+    ignored=st.integers(0, 5),
+)
+def test_equals_its_naive_twin_in_value_and_gradient(rows, chunk, softmax, ignored):
     hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (rows,))
     kept = torch.arange(rows) >= min(ignored, rows - 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "ROWS", chunk)
+        patch.setattr(loss, "SOFTMAX_ROWS", softmax)
         labels = targets.where(kept, torch.tensor(loss.IGNORED))
         fused = loss.linear_cross_entropy(hidden, weight, labels, "sum")
         each = loss.linear_cross_entropy(hidden, weight, labels, "none")
