@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from newllm.evaluation.bands import ppl_band
-from newllm.evaluation.checks import check_model, is_causal
+from newllm.evaluation.checks import check_as_trained, check_model, is_causal
 from newllm.evaluation.perplexity import evaluate, perplexity
 from newllm.models import TransformerLM, load_model
 from newllm.models.layers.base import create_layer
@@ -37,7 +37,8 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
     model = load_model(folder).to(resolve_device(settings)).eval()  # type: ignore[arg-type]
     validation, test = data.splits["validation"], data.splits["test"]
     result = evaluate(model, test, settings)
-    checks = check_model(model)
+    precision = autocast(model.device, resolve_precision(settings, model.device))
+    checks = check_model(model) + check_as_trained(model, settings.position_window, precision)  # type: ignore[arg-type]
     return {
         "model": settings.model,
         "seed": settings.seed,

@@ -84,10 +84,17 @@ class LayerState(CacheLayerMixin):
             raise ValueError(f"{type(self).__name__} cannot be rolled back by {abs(tokens_to_remove)} tokens")
 
 
-class KeyValueState(LayerState):
-    """Keys and values of the tokens still visible, in buffers that grow by a quarter: no concatenation per step.
+def with_spare_room(tokens: int) -> int:
+    """Capacity of a buffer that is to hold so many tokens and grow now and then."""
+    return tokens + max(tokens // 8, 1)
 
-    Allocated bytes stay ≤ 1.25 × used once there are a few tokens. With a window W, the last W − 1 tokens are kept.
+
+class KeyValueState(LayerState):
+    """Keys and values of the tokens still visible, in buffers that grow by an eighth: no concatenation per step.
+
+    Copying at each growth costs a token eight copies of itself, while decoding reads the whole cache at every step:
+    spare room is dearer than growth. Allocated bytes stay ≤ 1.25 × used once there are a few tokens. With a window W,
+    the last W − 1 tokens are kept.
     While gradients flow (chunked training), the buffers are concatenated instead: autograd forbids writing in place.
     """
 
@@ -129,7 +136,7 @@ class KeyValueState(LayerState):
     def _forget(self, kept: int) -> None:
         """Keeps the last `kept` tokens; frees the room of a long chunk that has passed through the window."""
         self.start = max(self.start, self.stop - kept)
-        if self.buffers[0].shape[2] > max(kept, 1) * 5 // 4 + 1:
+        if self.buffers[0].shape[2] > with_spare_room(kept) + 1:
             self.buffers = [buffer[:, :, self.start : self.stop].clone() for buffer in self.buffers]
             self.start, self.stop = 0, self.stop - self.start
 
@@ -147,7 +154,7 @@ class KeyValueState(LayerState):
             self.buffers = [new.new_zeros(*new.shape[:2], T, new.shape[3]) for new in (k, v)]
         elif self.stop + T > self.buffers[0].shape[2]:
             kept = used + T if self.window is None else max(self.window - 1, T)
-            capacity = max(used + T, kept * 5 // 4)
+            capacity = max(used + T, with_spare_room(kept))
             for n, old in enumerate(self.buffers):
                 # Zeros, since attention multiplies what is not yet written by 0.
                 self.buffers[n] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])

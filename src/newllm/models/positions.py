@@ -47,20 +47,20 @@ class RotaryPosition(NoPosition):
         """Rotates heads (B, N, T, d) by their positions (B, T), in float32 at least."""
         rotary_dim = self.rotary_dim(heads.shape[-1])
         cos, sin = self._table(positions, rotary_dim, torch.promote_types(heads.dtype, torch.float32))
-        half = rotary_dim // 2
-        first, second, rest = heads.split([half, half, heads.shape[-1] - rotary_dim], dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        part, rest = heads.split([rotary_dim, heads.shape[-1] - rotary_dim], dim=-1)
+        turned = part * cos + part.roll(rotary_dim // 2, dims=-1) * sin
         return torch.cat([turned.to(heads.dtype), rest], dim=-1)
 
     def _table(self, positions: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, 1, T, rotary_dim / 2), kept on the positions: all layers of a forward share them."""
+        """(cos, cos) and (−sin, sin), each (B, 1, T, rotary_dim); kept on the positions, as all layers share them."""
         tables = positions.__dict__.setdefault("_rope_tables", {})
         version = 0 if positions.is_inference() else positions._version  # a change in place makes the table stale
         key = (rotary_dim, self.base, dtype, version)
         if key not in tables:
             steps = torch.arange(0, rotary_dim, 2, dtype=dtype, device=positions.device)
             angles = positions[:, None, :, None].to(dtype) * (1.0 / self.base ** (steps / rotary_dim))
-            tables[key] = angles.cos(), angles.sin()
+            cos, sin = angles.cos(), angles.sin()
+            tables[key] = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return tables[key]
 
 

@@ -79,11 +79,16 @@ def additive_mask(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    dtype = q.dtype
+    if attn_mask is not None and q.device.type != "cpu":
+        # The kernels of other devices want the mask in the dtype of q, and a mask rounded to bf16 is no option.
+        q, k, v = (x.to(attn_mask.dtype) for x in (q, k, v))
     # Autocast would round the float32 mask to bf16; q, k and v already have their dtype.
     with torch.autocast(q.device.type, enabled=False):
-        return F.scaled_dot_product_attention(
+        mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
         )
+    return mixed.to(dtype)
 
 
 def _direct(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, window: int | None, mask: Tensor | None) -> Tensor:
@@ -91,16 +96,16 @@ def _direct(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, window: int 
     B, H, T, d = q.shape
     Hk, S, dv = k.shape[1], k.shape[2], v.shape[3]
     k, v, start = _whole_buffers(k, v)
-    C = k.shape[2]  # S tokens stand at [start, start + S) of C
+    C, stop = k.shape[2], start + S  # the S tokens stand at [start, stop) of C
     rows = q.reshape(B, Hk, H // Hk * T, d) * d**-0.5
     with torch.autocast(q.device.type, enabled=False):
-        scores = (rows @ k.transpose(2, 3))[..., start : start + S]
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32)).reshape(B, H, T, S)
-        if T > 1 or slopes is not None or mask is not None or (window is not None and window < S):
-            scores = scores + additive_mask(T, S, slopes, window, mask, q)
-        weights = scores.softmax(dim=-1).to(v.dtype).view(B, Hk, H // Hk * T, S)
+        scores = (rows @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)).view(B, H, T, C)
         if C > S:
-            weights = F.pad(weights, (start, C - S - start))
+            scores[..., :start] = scores[..., stop:] = float("-inf")
+        if T > 1 or slopes is not None or mask is not None or (window is not None and window < S):
+            bias = additive_mask(T, S, slopes, window, mask, q)
+            scores = scores + bias if C == S else scores + F.pad(bias, (start, C - stop))
+        weights = scores.softmax(dim=-1).to(v.dtype).view(B, Hk, H // Hk * T, C)
         return (weights @ v).view(B, H, T, dv)
 
 
