@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from newllm.training.checkpoints import (
     checkpoints,
     claim_run_folder,
     complete_folder,
+    create_lock,
     lock,
     read_result,
     remove_except,
@@ -75,6 +77,9 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path)
     path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time()}))
     with pytest.raises(UserError, match=f"process {parent.pid}"), lock(tmp_path / "run"):
         pass
+    path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time() + 2}))  # the clock was set
+    with pytest.raises(UserError, match=f"process {parent.pid}"), lock(tmp_path / "run"):
+        pass
     path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time() - 60}))  # the id was used again
     with lock(tmp_path / "run"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
@@ -82,6 +87,15 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path)
             pass
         assert path.exists()
     assert not path.exists()
+
+
+def test_of_many_that_take_a_lock_at_once_one_gets_it(tmp_path):
+    (tmp_path / "run.lock").write_text("")  # its process was killed between making and writing it
+    with lock(tmp_path / "run"):
+        (tmp_path / "run.lock").unlink()
+        with ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(create_lock, [tmp_path / "run.lock"] * 8))
+    assert sorted(made) == [False] * 7 + [True]
 
 
 def test_a_zombie_holds_no_lock(tmp_path):
@@ -95,15 +109,36 @@ def test_a_zombie_holds_no_lock(tmp_path):
     ended.wait()
 
 
-def test_a_run_folder_continues_the_same_run_and_keeps_another_one_aside(tmp_path):
+def test_a_run_folder_continues_the_same_run_and_keeps_others_aside(tmp_path):
+    said = []
     folder = tmp_path / "run"
     first = resolve(RunSettings(max_tokens=1000))
     claim_run_folder(folder, first, "data")
     write_result(folder, read_result(folder) | {"training": {"steps": 3}})
     assert claim_run_folder(folder, first, "data")["training"] == {"steps": 3}
-    assert "training" not in claim_run_folder(folder, first, "other data")
+    assert said == []
+    assert "training" not in claim_run_folder(folder, first, "other data", said.append)
     assert read_result(tmp_path / "run~old")["training"] == {"steps": 3}
+    assert said == [f"{folder} holds a run with other settings or data: kept as run~old"]
     second = resolve(RunSettings(max_tokens=2000))
-    assert "training" not in claim_run_folder(folder, second, "other data")
+    assert "training" not in claim_run_folder(folder, second, "other data", said.append)
     assert "max_tokens: 2000" in (folder / "config.yaml").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run~old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run~old", "run~old2"]
+    assert read_result(tmp_path / "run~old")["training"] == {"steps": 3}
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("hours of work")
+    with pytest.raises(UserError, match="holds other files: choose an empty or new folder"):
+        claim_run_folder(tmp_path, resolve(RunSettings()), "data")
+    assert list(tmp_path.iterdir()) == [thesis]
+
+
+def test_the_rest_of_a_run_that_never_began_is_no_other_file(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "error.txt").write_text("no space left")
+    (folder / "result.json.incomplete").write_text("{")
+    claim_run_folder(folder, resolve(RunSettings()), "data", pytest.fail)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "error.txt", "result.json"]

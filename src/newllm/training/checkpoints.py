@@ -7,11 +7,13 @@ system does at once or not at all. Whatever still carries that suffix when a run
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from newllm.settings import RunSettings, UserError, to_yaml
 
 INCOMPLETE = ".incomplete"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+ERROR_FILE = "error.txt"  # what went wrong in a run of a comparison
+CLOCK_TOLERANCE = 5.0  # seconds; the start time of a process moves when the system's clock is set
 
 
 @contextlib.contextmanager
@@ -110,22 +114,51 @@ def lock(folder: Path) -> Iterator[None]:
     The process that has it may enter again. The file NAME.lock stands beside the folder, since the folder itself may be
     renamed.
     """
-    path = folder.with_name(folder.name + ".lock")
-    me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-    holder = json.loads(path.read_text()) if path.is_file() else None
-    if holder == me:
+    path = folder.parent / f"{folder.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not take_lock(path, folder):
         yield
         return
-    if holder is not None and is_running(**holder):
-        raise UserError(
-            f"another newllm (process {holder['pid']}) works in {folder}: wait for it, or give another --out"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(me))
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def take_lock(path: Path, folder: Path) -> bool:
+    """Makes the lock file; False where this process has it already. Raises UserError where another one has it."""
+    while not create_lock(path):
+        holder = lock_holder(path)
+        if holder is not None and is_running(**holder):
+            if holder["pid"] == os.getpid():
+                return False
+            raise UserError(
+                f"another newllm (process {holder['pid']}) works in {folder}: wait for it, or give another --out"
+            )
+        path.unlink(missing_ok=True)
+    return True
+
+
+def create_lock(path: Path) -> bool:
+    """Makes the lock file in the name of this process; False where there is one already. Of several, one succeeds."""
+    me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    try:
+        with explaining_full_disk(path.parent), path.open("x") as file:
+            file.write(json.dumps(me))
+    except FileExistsError:
+        return False
+    except PermissionError as error:
+        raise UserError(f"no permission to write {path}, which keeps a second process out of that folder") from error
+    return True
+
+
+def lock_holder(path: Path) -> dict[str, Any] | None:
+    """Process id and start time of the process that made a lock file; None where nobody holds it."""
+    for _ in range(2):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return json.loads(path.read_text())
+        time.sleep(0.1)  # it has just been made and is still empty; or its process was killed right there
+    return None
 
 
 def is_running(pid: int, started: float) -> bool:
@@ -135,7 +168,8 @@ def is_running(pid: int, started: float) -> bool:
     """
     try:
         process = psutil.Process(pid)
-        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(process.create_time() - started) <= CLOCK_TOLERANCE
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
@@ -150,20 +184,33 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--out {folder}: no permission to write there")
 
 
-def claim_run_folder(run_folder: Path, settings: RunSettings, data_fingerprint: str) -> dict[str, Any]:
+def refuse_other_files(run_folder: Path) -> None:
+    """Raises UserError for a folder with files that no run has left there: it is somebody's, and is not touched."""
+    if not run_folder.is_dir() or "hash" in read_result(run_folder):
+        return
+    ours = {ERROR_FILE, "result.json" + INCOMPLETE}  # left by a run that failed, or was killed, before it began
+    if any(path.name not in ours for path in run_folder.iterdir()):
+        raise UserError(f"--out {run_folder} holds other files: choose an empty or new folder")
+
+
+def claim_run_folder(
+    run_folder: Path, settings: RunSettings, data_fingerprint: str, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Makes the folder that of this run, and returns its result.json so far.
 
-    The same settings on the same data continue where they were. Anything else is another run: its folder is kept
-    once as `NAME~old`, since it may hold hours of training.
+    The same settings on the same data continue where they were. Another run's folder may hold hours of training: it is
+    kept as `NAME~old`, `NAME~old2`, …, which is said. Raises UserError for a folder with files that no run has left.
     """
+    refuse_other_files(run_folder)
     identity: dict[str, Any] = {"model": settings.model, "seed": settings.seed, "data": data_fingerprint}
     identity["hash"] = settings.hash(training_only=True)
     result = read_result(run_folder)
     if any(result.get(key) != value for key, value in identity.items()):
-        if run_folder.exists() and any(run_folder.iterdir()):
-            old = run_folder.with_name(run_folder.name + "~old")
-            shutil.rmtree(old, ignore_errors=True)
+        if result:
+            names = (f"{run_folder.name}~old{count}" for count in itertools.chain([""], itertools.count(2)))
+            old = next(path for name in names if not (path := run_folder.with_name(name)).exists())
             run_folder.rename(old)
+            say(f"{run_folder} holds a run with other settings or data: kept as {old.name}")
         run_folder.mkdir(parents=True, exist_ok=True)
         result = identity
         write_result(run_folder, result)
