@@ -54,10 +54,16 @@ def compare(argv: list[str]) -> int:
     if arguments.print_config:
         return _print_config(settings)
     from newllm.experiments.results import read_results
+    from newllm.experiments.run import RunError
     from newllm.experiments.runner import compare as run
 
-    report = run(settings)
-    print(f"report: {report}")
+    try:
+        report = run(settings)
+    except RunError as error:
+        print(f"newllm: error: {error}", file=sys.stderr)
+        return 1
+    here = Path.cwd()
+    print(f"report: {report.relative_to(here) if report.is_relative_to(here) else report}")
     return 1 if read_results(report.parent)["failed"] else 0
 
 

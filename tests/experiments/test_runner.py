@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 
 import psutil
@@ -97,11 +98,21 @@ def test_more_seeds_and_models_train_only_what_is_new(text, finished, monkeypatc
     assert trained == [("pythia_nope", 0), ("pythia_nope", 1)]
 
 
-def test_other_settings_train_anew_and_keep_the_old_run_aside(text, tmp_path):
+def test_other_settings_train_anew_and_keep_the_old_run_aside(text, tmp_path, capsys):
     for tokens in (128, 256):
         runner.compare(tiny(text, tmp_path / "out", models=["mqa"], max_tokens=tokens))
         assert read_results(tmp_path / "out")["rows"][0]["tokens"] == tokens
     assert json.loads((tmp_path / "out" / "mqa-seed0~old" / "result.json").read_text())["row"]["tokens"] == 128
+    assert "holds a run with other settings or data: kept as mqa-seed0~old\n" in capsys.readouterr().out
+
+
+def test_the_folder_we_are_in_may_be_the_compare_folder(text, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    runner.compare(tiny(text, ".", models=["mqa"]))
+    assert sorted(os.listdir()) == ["mqa-seed0", "notes.txt", "report.html", "report.md", "results.json"]
+    assert os.listdir("..") == ["here"]
 
 
 def test_speed_and_memory_are_the_same_for_all_seeds_and_kept(text, finished, monkeypatch):
@@ -144,11 +155,15 @@ def test_a_failing_model_is_recorded_and_the_others_go_on(text, tmp_path, capsys
     assert "failed: ZeroDivisionError: nothing to divide by" in capsys.readouterr().out
 
 
-def test_when_every_model_fails_the_error_is_raised(text, tmp_path):
+def test_when_every_model_fails_that_is_one_line(text, tmp_path, capsys):
     plugin = tmp_path / "broken.py"
     plugin.write_text(PLUGIN.format(name="broken_two"))
-    with pytest.raises(ZeroDivisionError):
-        runner.compare(tiny(text, tmp_path / "out", models=["broken_two"], plugin=str(plugin)))
+    settings = tiny(text, tmp_path / "out", models=["broken_two"], plugin=str(plugin))
+    assert main(shlex.split(runner.command(resolve(settings)))[1:]) == 1
+    assert re.fullmatch(
+        "newllm: error: every run failed; broken_two, seed 0: ZeroDivisionError: nothing to divide by .*error.txt.*\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_a_wrong_model_is_found_before_anything_is_made(text, tmp_path):

@@ -16,11 +16,12 @@ def train(settings: RunSettings, out: str | None) -> None:
     from newllm.evaluation.perplexity import perplexity
     from newllm.experiments.progress import Display, duration
     from newllm.models import check_model_spec, load_plugin
-    from newllm.training import resolve_device
+    from newllm.training import check_loggers, resolve_device
     from newllm.training import train as run
-    from newllm.training.checkpoints import lock, make_folder
+    from newllm.training.checkpoints import lock, make_folder, refuse_other_files
 
     resolve_device(settings)
+    check_loggers(settings)
     if settings.plugin is not None:
         load_plugin(settings.plugin)
     check_model_spec(
@@ -30,15 +31,17 @@ def train(settings: RunSettings, out: str | None) -> None:
         num_heads=settings.num_heads,
         intermediate_size=settings.intermediate_size,
     )
-    folder = Path(out) if out is not None else default_folder(settings)
+    shown = Path(out) if out is not None else default_folder(settings)
+    folder = shown.resolve()  # a folder that is moved aside may be the one we are in
     make_folder(folder)
+    refuse_other_files(folder)
     with lock(folder), Display(Console(), total_runs=1) as display:
         data = prepare(settings, display.say)
         result = run(settings, data, folder, display.start(0, settings))
     print(
         f"trained on {result.tokens:,} tokens in {duration(result.seconds)}: "
         f"validation loss {result.best_val_loss:.4f}, perplexity {perplexity(result.best_val_loss):.2f}\n"
-        f"run folder: {folder}"
+        f"run folder: {shown}"
     )
 
 

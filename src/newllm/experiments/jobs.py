@@ -24,11 +24,11 @@ import psutil
 import torch
 
 from newllm.experiments.progress import Display, RunLine
-from newllm.experiments.run import ERROR_FILE, RunError, finish_run
+from newllm.experiments.run import RunError, finish_run
 from newllm.settings import ExperimentSettings, RunSettings, UserError
 from newllm.training import resolve_device
 from newllm.training.callbacks import TrainProgress
-from newllm.training.checkpoints import read_result
+from newllm.training.checkpoints import ERROR_FILE, read_result
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
@@ -152,6 +152,8 @@ class Workers:
                 worker.line(TrainProgress(**answer["progress"]))
             elif answer is not None and "phase" in answer:
                 worker.line.phase(answer["phase"])
+            elif answer is not None and "say" in answer:
+                worker.line.say(answer["say"])
             else:
                 worker.line.end()
                 task, worker.task = worker.task, None

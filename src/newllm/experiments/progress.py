@@ -84,6 +84,10 @@ class RunLine:
     def phase(self, what: str) -> None:
         self.display.live.update(self.task, figures=what)
 
+    def say(self, text: str) -> None:
+        """Prints a line about this run that stays."""
+        self.display.say(f"{self.label}: {text}")
+
     def __call__(self, progress: TrainProgress) -> None:
         figures = f"step {progress.step:,}/{progress.total_steps:,}"
         if progress.loss is not None:

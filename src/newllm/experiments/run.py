@@ -10,16 +10,14 @@ from newllm.experiments.rows import make_row
 from newllm.settings import RunSettings, UserError
 from newllm.training import train
 from newllm.training.callbacks import TrainProgress
-from newllm.training.checkpoints import lock, read_result, write_result
+from newllm.training.checkpoints import ERROR_FILE, claim_run_folder, lock, read_result, write_result
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
 
-ERROR_FILE = "error.txt"
-
 
 class RunError(RuntimeError):
-    """A run failed in a process of its own; the message says how, in one line."""
+    """One run failed in a process of its own, or all runs did; the message says how, in one line."""
 
 
 class Watcher(Protocol):
@@ -29,6 +27,9 @@ class Watcher(Protocol):
 
     def phase(self, what: str) -> None:
         """The run is busy with something that has no steps."""
+
+    def say(self, text: str) -> None:
+        """Something the user should know."""
 
 
 def is_finished(result: dict[str, Any], run: RunSettings) -> bool:
@@ -43,6 +44,7 @@ def finish_run(run: RunSettings, data: PreparedData, folder: Path, watcher: Watc
     """
     try:
         with lock(folder):
+            claim_run_folder(folder, run, data.fingerprint, watcher.say)
             training = train(run, data, folder, watcher)
             watcher.phase("evaluating")
             row = make_row(run, data, folder, training)

@@ -23,11 +23,12 @@ from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
 from newllm.experiments.results import print_table, write_results
-from newllm.experiments.run import ERROR_FILE, error_line, is_finished
+from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.models import check_model_spec, load_plugin
-from newllm.settings import ExperimentSettings, RunSettings, resolve
-from newllm.training import machine_info, resolve_device, set_threads
+from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
+from newllm.training import check_loggers, machine_info, resolve_device, set_threads
 from newllm.training.checkpoints import (
+    ERROR_FILE,
     claim_run_folder,
     explaining_full_disk,
     lock,
@@ -44,10 +45,12 @@ def compare(settings: ExperimentSettings) -> Path:
     """Trains, evaluates and measures every model with every seed; returns the path of report.html.
 
     Started again with the same folder, finished runs are kept and an unfinished one continues. A run that fails is
-    recorded under "failed" in results.json and the others go on; if all fail, the first error is raised.
+    recorded under "failed" in results.json and the others go on; if all fail, that is an error (RunError; UserError
+    where the first says what to change).
     """
     settings = resolve(settings)
     resolve_device(settings)
+    check_loggers(settings)
     jobs, threads = resolve_jobs(settings)
     set_threads(settings)
     check_models(settings)
@@ -66,7 +69,7 @@ def compare(settings: ExperimentSettings) -> Path:
                 for task, outcome in workers.finish(tasks):
                     comparison.add(task, outcome)
         if not comparison.rows:
-            raise comparison.errors[0]
+            raise comparison.nothing_to_report()
         comparison.write()
         if settings.efficiency:
             display.busy("measuring speed and memory, one model at a time")
@@ -77,12 +80,9 @@ def compare(settings: ExperimentSettings) -> Path:
 
 
 def resolve_out(settings: ExperimentSettings) -> Path:
-    """The compare folder: --out, or runs/NAME-SCALE."""
-    return (
-        Path(settings.out)
-        if settings.out is not None
-        else Path("runs") / file_name(f"{settings.name}-{settings.scale}")
-    )
+    """The compare folder: --out, or runs/NAME-SCALE. Absolute, since `.` and `..` have no name to put a lock beside."""
+    out = settings.out if settings.out is not None else f"runs/{file_name(f'{settings.name}-{settings.scale}')}"
+    return Path(out).resolve()
 
 
 def run_folder(out: Path, run: RunSettings) -> Path:
@@ -124,10 +124,6 @@ class Comparison:
         """In the order of the settings, whichever run ended first."""
         return [self.row_of[index] for index in sorted(self.row_of)]
 
-    @property
-    def errors(self) -> list[Exception]:
-        return [self.error_of[index] for index in sorted(self.error_of)]
-
     def keep_finished(self) -> list[Task]:
         """Takes the rows of finished runs from their folders; returns the runs that are still to be done."""
         tasks = []
@@ -163,6 +159,19 @@ class Comparison:
             f"in {duration(row['seconds'])}{'' if row['valid'] else ', INVALID: it fails a check'}{remark}"
         )
         self.display.run_done()
+
+    def nothing_to_report(self) -> Exception:
+        """The error of a comparison in which every run failed."""
+        index, first = min(self.error_of.items())
+        if isinstance(first, UserError):
+            return first
+        run = self.settings.runs()[index]
+        error = RunError(
+            f"every run failed; {run.model}, seed {run.seed}: {error_line(first)} "
+            f"(details: {run_folder(self.out, run) / ERROR_FILE})"
+        )
+        error.__cause__ = first
+        return error
 
     def add_efficiency(self) -> None:
         """Measures the models side by side, on one seed's weights: speed and memory do not depend on the seed.

@@ -2,7 +2,7 @@
 
 Started by `jobs.Worker` as `python -m newllm.experiments.worker`. It reads one JSON object a line from standard input:
 first what all runs share, {"plugin", "threads", "data"}; then one {"run", "folder"} at a time, or {"interrupt": true}.
-It answers with JSON lines: {"progress"} or {"phase"} on the way, {"done"} or {"error"} at the end of a run.
+It answers with JSON lines: {"progress"}, {"phase"} or {"say"} on the way, {"done"} or {"error"} at the end of a run.
 
 Standard input is also the rope to the process that started it: when that ends, however it does, input ends, and the
 worker with it, at once. A later start of the same command then finds nobody in its folders.
@@ -42,6 +42,9 @@ class Reporter:
 
     def phase(self, what: str) -> None:
         self.send(phase=what)
+
+    def say(self, text: str) -> None:
+        self.send(say=text)
 
 
 def read_commands(commands: queue.SimpleQueue[dict[str, Any]]) -> None:
