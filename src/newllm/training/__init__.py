@@ -2,12 +2,13 @@
 
 from newllm.training.callbacks import TrainProgress
 from newllm.training.devices import autocast, machine_info, resolve_device, resolve_precision, set_threads
-from newllm.training.trainer import TrainResult, new_model, train
+from newllm.training.trainer import TrainResult, check_loggers, new_model, train
 
 __all__ = [
     "TrainProgress",
     "TrainResult",
     "autocast",
+    "check_loggers",
     "machine_info",
     "new_model",
     "resolve_device",

@@ -8,6 +8,7 @@ the step itself, clipping, accumulation, the optimizer's and the learning rate's
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerS
 from newllm.data.windows import WindowDataset
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import TransformerLM, create_model
-from newllm.settings import RunSettings
+from newllm.settings import CommonSettings, RunSettings, UserError
 from newllm.training.callbacks import (
     FlowCallback,
     MetricsCallback,
@@ -176,6 +177,13 @@ def total_steps(settings: RunSettings, num_windows: int, samples_per_step: int) 
     return max(1, math.ceil(num_windows * (settings.epochs or 1) / samples_per_step))
 
 
+def check_loggers(settings: CommonSettings) -> None:
+    """Raises UserError for a logger of --report-to that is not installed."""
+    for name in settings.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report-to {name}: this package is not installed (pip install {name})")
+
+
 def training_arguments(settings: RunSettings, folder: Path, steps: int) -> TrainingArguments:
     device = resolve_device(settings)
     arguments = TrainingArguments(
@@ -220,6 +228,7 @@ def train(
     result.json under "training", the returned result; a second call returns that. settings must be resolved.
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
     """
+    folder = folder.resolve()  # a folder that is moved aside may be the one we are in
     with lock(folder), explaining_full_disk(folder):
         result = claim_run_folder(folder, settings, data.fingerprint)
         if "training" not in result:
