@@ -123,6 +123,8 @@ CASES = {
     "a seed twice": ([*COMPARE, "--seeds", "1", "1"], "each only once"),
     "unknown device": (lambda p: p.train("--device", "tpu"), "must be auto, cpu or cuda"),
     "no such device": (lambda p: p.train("--device", "cuda"), "torch finds no CUDA GPU"),
+    "logger that is not installed": (lambda p: p.train("--report-to", "trackio"), "this package is not installed"),
+    "logger of a comparison": (lambda p: p.compare("--report-to", "trackio"), "(pip install trackio)"),
     # models
     "unknown preset": (lambda p: p.train("--model", "pythai"), "unknown model 'pythai': did you mean 'pythia'?"),
     "unknown layer option": (lambda p: p.train("--model", "gqa:num_kv_heds=1"), "did you mean 'num_kv_heads'?"),
@@ -202,6 +204,10 @@ CASES = {
     ),
     "nothing to check": (["check"], "nothing to check: give a MODEL folder"),
     # output
+    "run folder with other files": (
+        lambda p: p.train("--out", "."),
+        "holds other files: choose an empty or new folder",
+    ),
     "run folder is a file": (lambda p: p.train("--out", p.file("taken", "")), "taken"),
     "run folder below a file": (lambda p: p.train("--out", p.file("taken", "") + "/run"), "taken"),
     "result folder is a file": (lambda p: p.compare("--out", p.file("taken", "")), "taken"),
@@ -238,6 +244,7 @@ def assert_one_line(stderr: str, fragment: str) -> None:
 def test_wrong_input(name, tmp_path, monkeypatch, capsys):
     if name == "no such device" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
+    monkeypatch.setitem(sys.modules, "trackio", None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path / "newllm-cache"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
