@@ -32,7 +32,7 @@ def invalidate(results, model="pythia_alibi"):
         if row["model"] == model:
             row |= {"valid": False, "test_ppl": 1.5}
             row["checks"][0] |= {"passed": False, "detail": "changing token 17 changes logit 16"}
-            row["checks"][2] |= {"passed": None, "detail": "not judged: 'causality' fails"}
+            row["checks"][2] |= {"passed": None, "detail": "not judged: 'future' fails"}
     return results
 
 
@@ -190,12 +190,31 @@ def test_markdown_has_the_figures_the_command_and_whole_tables(tmp_path):
 def test_an_invalid_model_is_unmistakable_and_wins_nothing(tmp_path):
     results = invalidate(make_results())
     html = report(tmp_path, results).read_text()
-    assert "INVALID: pythia_alibi." in html
+    assert "INVALID: pythia_alibi.</strong> It fails: future. It sees the tokens it should predict. Its perp" in html
     assert "changing token 17 changes logit 16" in html
     assert '<td class="not-judged">not judged</td>' in html
     assert "pythia\\_alibi **INVALID**" in (tmp_path / "report.md").read_text()
     said = words.headline(results, summarise(results))
     assert said.startswith("None of the other models has a lower test perplexity than the baseline pythia")
+
+
+def test_an_invalid_model_that_mixes_rows_is_not_said_to_see_the_future():
+    results = make_results()
+    for row in results["rows"]:
+        if row["model"] == "gqa":
+            row["valid"] = False
+            row["checks"][1]["passed"] = row["checks"][2]["passed"] = False
+    said = dict(words.findings(results, summarise(results)))["Checks"]
+    assert said.startswith("gqa: INVALID. It fails: rows, chunks. Its perplexity means nothing")
+
+
+def test_a_part_of_the_test_split_is_called_a_part():
+    results = make_results()
+    assert "Scored" not in dict(words.facts(results))
+    results["settings"]["eval_tokens"] = 60_000
+    for row in results["rows"]:
+        row["test_tokens"] = 59_990
+    assert dict(words.facts(results))["Scored"] == "59,990 of 78,900 test tokens (--eval-tokens)"
 
 
 def test_wording_follows_the_intervals():

@@ -98,6 +98,20 @@ def test_summary_per_model_over_seeds():
     assert list(summaries.values())[-1].values[LEAD.key].half_width is None
 
 
+def test_a_figure_measured_once_for_each_model_has_no_interval():
+    results = make_results()
+    figures = {row["model"]: row["decode_ms_per_token"] for row in results["rows"]}
+    for row in results["rows"]:
+        row["decode_ms_per_token"] = None if (row["model"], row["seed"]) == ("gqa", 0) else figures[row["model"]]
+    column = ALL_COLUMNS["decode_ms_per_token"]
+    for model, summary in by_name(results).items():
+        assert summary.values[column.key] == estimate([figures[model]])
+        if not summary.is_baseline:
+            difference = summary.differences[column.key]
+            assert difference.absolute.mean == figures[model] - figures["pythia"]
+            assert difference.verdict == "one seed: cannot tell"
+
+
 def test_invalid_runs_are_never_best_and_are_not_compared():
     results = make_results()
     for row in results["rows"]:

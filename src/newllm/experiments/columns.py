@@ -17,6 +17,7 @@ class Column:
     explanation: str
     digits: int = 4  # significant digits of a typical value
     scale: float = 1.0
+    once: bool = False  # measured once for each model: the rows of all its seeds repeat the figure
 
     def get(self, row: dict[str, Any]) -> float | None:
         value: Any = row
@@ -64,6 +65,7 @@ MAIN_COLUMNS = [
         "lower",
         "Memory the model keeps for each token of the context while it generates, in all layers together. Measured "
         "from live tensors, not from a formula.",
+        once=True,
     ),
     Column(
         "train_tokens_per_second",
@@ -73,6 +75,7 @@ MAIN_COLUMNS = [
         "Training speed: forward, backward and optimizer step, measured in turn in a process of its own on this "
         "machine.",
         3,
+        once=True,
     ),
     Column(
         "decode_ms_per_token",
@@ -82,6 +85,7 @@ MAIN_COLUMNS = [
         "Time to generate one token for one sequence, with a cache already filled to the context length given in the "
         "settings (decode_context).",
         3,
+        once=True,
     ),
     Column(
         "peak_memory_bytes",
@@ -91,6 +95,7 @@ MAIN_COLUMNS = [
         "Largest memory of the process that measured training speed.",
         3,
         2**-20,
+        once=True,
     ),
 ]
 PERPLEXITY_COLUMNS = [
@@ -137,6 +142,7 @@ COST_COLUMNS = [
         "bytes/token",
         "lower",
         "Bytes of the cache that hold data, for each token of the context.",
+        once=True,
     ),
     Column(
         "cache_bytes_allocated_per_token",
@@ -144,6 +150,7 @@ COST_COLUMNS = [
         "bytes/token",
         "lower",
         "Bytes the cache reserves, for each token: buffers grow in steps, so this is a little more than what is used.",
+        once=True,
     ),
     Column(
         "state_bytes",
@@ -151,8 +158,9 @@ COST_COLUMNS = [
         "bytes",
         "lower",
         "Memory that does not grow with the context, such as a recurrent state or a compressive memory.",
+        once=True,
     ),
-    Column("prefill_ms", "Prefill", "ms", "lower", "Time to read the prompt once and fill the cache.", 3),
+    Column("prefill_ms", "Prefill", "ms", "lower", "Time to read the prompt once and fill the cache.", 3, once=True),
 ]
 ALL_COLUMNS = {column.key: column for column in [*MAIN_COLUMNS, *PERPLEXITY_COLUMNS, *COST_COLUMNS]}
 # The same for every seed by construction: no interval, and the difference is exact.

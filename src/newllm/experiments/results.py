@@ -120,6 +120,12 @@ def _check_fields(record: Any, fields: dict[str, str], where: str) -> None:
             raise UserError(f"{where} has '{key}' = {str(value)[:40]!r}: it must be {kind}")
 
 
+def by_seed(rows: list[Row], column: Column) -> dict[int, float]:
+    """A model's values by seed; of a figure measured once for each model one value, under 0: copies are no sample."""
+    values = {row["seed"]: value for row in rows if (value := column.get(row)) is not None}
+    return {0: next(iter(values.values()))} if column.once and values else values
+
+
 @dataclass
 class ModelSummary:
     """The figures of one model over its seeds; `differences` are to the baseline, None without one."""
@@ -136,7 +142,7 @@ class ModelSummary:
 
     @property
     def valid(self) -> bool:
-        """False when a run failed the causality check: its perplexity then means nothing."""
+        """False when a run failed a check without which its perplexity means nothing: finite, future, rows."""
         return all(row["valid"] for row in self.rows)
 
     @property
@@ -144,7 +150,7 @@ class ModelSummary:
         return self.rows[0].get("layers") or ""
 
     def by_seed(self, column: Column) -> dict[int, float]:
-        return {row["seed"]: value for row in self.rows if (value := column.get(row)) is not None}
+        return by_seed(self.rows, column)
 
     def mean(self, column: Column) -> float | None:
         value = self.values[column.key]
@@ -165,7 +171,7 @@ def summarise(results: Results) -> list[ModelSummary]:
         for key, column in ALL_COLUMNS.items():
             own = summary.by_seed(column)
             summary.values[key] = estimate(own.values())
-            theirs = {row["seed"]: value for row in baseline_rows if (value := column.get(row)) is not None}
+            theirs = by_seed(baseline_rows, column)
             comparable = not is_baseline and baseline_is_valid and summary.valid
             summary.differences[key] = paired_difference(own, theirs) if comparable else None
         summaries.append(summary)

@@ -191,6 +191,7 @@ def check_row(summary: ModelSummary, names: list[str]) -> dict[str, Any]:
         "summary": summary,
         "outcomes": outcomes,
         "problems": problems,
+        "alarm": "" if summary.valid else words.why_invalid(summary),
         "details": details,
         "band": band.get("band", "—"),
         "advice": band.get("advice", ""),

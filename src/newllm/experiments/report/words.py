@@ -37,7 +37,7 @@ def headline(results: Results, summaries: list[ModelSummary]) -> str:
     """One sentence: which model has the lowest perplexity, and whether that is a difference to the baseline."""
     shown = competitors(summaries)
     if not shown:
-        return "There is no valid result: every run failed, diverged or did not pass the causality check."
+        return "There is no valid result: every run failed, diverged or is INVALID (see the checks)."
     best, places = shown[0], decimals(summaries, LEAD)
     value = value_text(best, LEAD, places)
     if len(shown) == 1:
@@ -133,14 +133,9 @@ def _speed(results: Results, shown: list[ModelSummary]) -> str:
 
 def _checks(results: Results, summaries: list[ModelSummary]) -> str:
     said = []
-    if invalid := [s.model for s in summaries if not s.valid]:
-        said.append(
-            f"{join(invalid)}: INVALID. The causality check failed: the model sees the tokens it should predict, and "
-            "its perplexity means nothing. It is left out of every comparison."
-        )
-    failing = [s.model for s in summaries if s.valid and any(c["passed"] is False for r in s.rows for c in r["checks"])]
-    if failing:
-        said.append(f"A check other than causality failed for {join(failing)}; see below.")
+    said += [f"{s.model}: INVALID. {why_invalid(s)}" for s in summaries if not s.valid]
+    if failing := [f"{s.model} ({', '.join(failed_checks(s))})" for s in summaries if s.valid and failed_checks(s)]:
+        said.append(f"A check that does not make the perplexity void failed for {join(failing)}; see below.")
     if unmeasured := [s.model for s in summaries if s.valid and not s.values[LEAD.key]]:
         said.append(f"{join(unmeasured)}: no test perplexity, the loss is not a finite number.")
     if not said and summaries:
@@ -149,6 +144,18 @@ def _checks(results: Results, summaries: list[ModelSummary]) -> str:
     if results["failed"]:
         said.append(f"{capitalised(count(len(results['failed']), 'run'))} failed; see below.")
     return " ".join(said)
+
+
+def failed_checks(summary: ModelSummary) -> list[str]:
+    """Names of the checks that failed with any seed."""
+    checks = [check for row in summary.rows for check in row["checks"]]
+    return list(dict.fromkeys(check["name"] for check in checks if check["passed"] is False))
+
+
+def why_invalid(summary: ModelSummary) -> str:
+    failed = failed_checks(summary)
+    leak = " It sees the tokens it should predict." if "future" in failed else ""
+    return f"It fails: {', '.join(failed)}.{leak} Its perplexity means nothing and is left out of every comparison."
 
 
 def _certainty(summaries: list[ModelSummary], shown: list[ModelSummary]) -> str:
@@ -182,6 +189,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
     seeds = sorted({row["seed"] for row in results["rows"]})
     rows = [
         ("Text", _text(results)),
+        ("Scored", _scored(results)),
         ("Budget", _budget(settings, results["rows"])),
         ("Shape", _shape(settings)),
         ("Seeds", f"{count(len(seeds), 'seed')}: {', '.join(map(str, seeds))}" if seeds else ""),
@@ -222,6 +230,16 @@ def _text(results: Results) -> str:
     if "test" in overlap:
         said.append(f"{overlap['test']:.2%} of the test split's {overlap['ngram_words']}-word sequences occur in train")
     return "; ".join(said)
+
+
+def _scored(results: Results) -> str:
+    """How much of the test split the perplexity is of, where --eval-tokens limits it."""
+    limit = results["settings"].get("eval_tokens")
+    available = ((results["data"].get("splits") or {}).get("test") or {}).get("tokens")
+    if not limit or not available or available <= limit:
+        return ""
+    scored = max((row["test_tokens"] for row in results["rows"] if row.get("test_tokens")), default=limit)
+    return f"{scored:,} of {available:,} test tokens (--eval-tokens)"
 
 
 def _budget(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
