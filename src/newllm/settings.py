@@ -232,11 +232,12 @@ def resolve(settings: S) -> S:
 
 
 POSITIVE = (
-    *("hidden_size", "num_layers", "num_heads", "intermediate_size", "seq_length", "vocab_size", "lr", "batch_size"),
+    *("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "lr", "batch_size"),
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
-    *("eval_batch_size", "sliding_window", "sliding_stride"),
-    *("position_window", "decode_context", "jobs"),
+    *("eval_batch_size", "sliding_stride", "jobs"),
 )
+# A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it.
+AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
 
 
 def check(settings: CommonSettings) -> None:
@@ -245,7 +246,11 @@ def check(settings: CommonSettings) -> None:
         value = getattr(settings, name, None)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    for name in ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share"):
+    for name, least in AT_LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+    for name in ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share", "adam_beta1", "adam_beta2"):
         value = getattr(settings, name)
         if not 0 <= value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
