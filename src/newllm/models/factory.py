@@ -57,7 +57,17 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
         target = options
         for parent in parents:
             target = target.setdefault(parent, {})
-        target[leaf] = yaml.safe_load(value)
+            if not isinstance(target, dict):
+                raise UserError(
+                    f"model '{text}': '{parent}' has a value already; give its parts alone, for example "
+                    f"{name}:position.type=alibi,position.slope=0.1"
+                )
+        try:
+            target[leaf] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(
+                f"model '{text}': the value of {key} cannot be read: '{value}'; write it as in {name}:window=128"
+            ) from error
     return name, options
 
 

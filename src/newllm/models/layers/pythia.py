@@ -47,13 +47,14 @@ class PythiaLayer(Layer):
         window: int | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_kv_heads or num_heads
+        for name, value in (("num_kv_heads", num_kv_heads), ("window", window)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if hidden_size % num_heads:
             raise UserError(f"hidden_size {hidden_size} does not divide into num_heads {num_heads}")
         if num_heads % num_kv_heads:
             raise UserError(f"num_kv_heads {num_kv_heads} is no divisor of num_heads {num_heads}")
-        if window is not None and window < 1:
-            raise UserError(f"window is {window}: at least 1, the token itself")
         self.position = create_position(position)
         self._arguments |= {"num_kv_heads": num_kv_heads, "position": position_spec(self.position)}
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, hidden_size // num_heads
