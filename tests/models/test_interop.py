@@ -50,7 +50,9 @@ def test_round_trip_is_bit_equal(pair):
         assert torch.equal(theirs_again[name], tensor), name
 
 
-@pytest.mark.parametrize("options", [{"num_kv_heads": 1}, {"position": "none"}, {"window": 8}])
+@pytest.mark.parametrize(
+    "options", [{"num_kv_heads": 1}, {"position": "none"}, {"window": 8}, {"layer_norm_eps": 1e-6}]
+)
 def test_what_gpt_neox_cannot_express_is_refused(options):
     model = create_model(
         "pythia", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, vocab_size=50, **options

@@ -67,6 +67,8 @@ def to_gpt_neox(model: TransformerLM) -> GPTNeoXForCausalLM:
     position = first["position"]
     if first["type"] != "pythia" or any(spec != first for spec in specs):
         raise UserError("only a model of equal 'pythia' layers has a GPT-NeoX form")
+    if model.config.layer_norm_eps != 1e-5:  # GPT-NeoX has one for all norms, and those of the layers have 1e-5
+        raise UserError(f"no GPT-NeoX form with layer_norm_eps={model.config.layer_norm_eps}: only 1e-05")
     if position["type"] != "rope" or first["window"] is not None or first["num_kv_heads"] != first["num_heads"]:
         raise UserError("GPT-NeoX has rotary positions, no window and as many key as query heads: this model differs")
     config = GPTNeoXConfig(
