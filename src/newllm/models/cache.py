@@ -194,6 +194,9 @@ class KeyValueState(LayerState):
         self.buffers, self.start, self.stop, self.seen, self.hidden_before = [], 0, 0, 0, None
 
     def reset_rows(self, rows: Tensor) -> None:
+        if not self.buffers:
+            return  # nothing to forget
+        rows = rows.to(self.buffers[0].device)
         if self.hidden_before is None:
             self.hidden_before = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         self.hidden_before = torch.where(rows, self.seen, self.hidden_before)
@@ -225,7 +228,7 @@ class RecurrentState(LayerState):
         self.values_by_name, self.seen = {}, 0
 
     def reset_rows(self, rows: Tensor) -> None:
-        self.change_rows(lambda x: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x))
+        self.change_rows(lambda x: x.masked_fill(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), 0))
 
 
 class LMCache(Cache):
@@ -255,7 +258,7 @@ class LMCache(Cache):
             state.restore({name.removeprefix(prefix): t for name, t in exported.items() if name.startswith(prefix)})
 
 
-def adopt(cache: Cache, layers: list[LayerState]) -> Cache:
+def adopt(cache: Cache, make_cache: Callable[[], LMCache]) -> Cache:
     """Gives an empty cache, such as the DynamicCache that `generate` makes, the states this model needs.
 
     Raises ValueError for a cache that another kind of model has already filled.
@@ -264,7 +267,7 @@ def adopt(cache: Cache, layers: list[LayerState]) -> Cache:
         return cache
     if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
         raise ValueError("past_key_values was filled by another model: pass None or model.make_cache()")
-    cache.layers = layers  # type: ignore[assignment]
+    cache.layers = make_cache().layers  # type: ignore[assignment]
     return cache
 
 

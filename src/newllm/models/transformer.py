@@ -28,6 +28,7 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
     config_class = LMConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
     _is_stateful = True  # some states cannot be rolled back: no assisted decoding
     _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012 (a class attribute transformers defines this way)
 
@@ -37,6 +38,7 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
             hidden_size = layers[0].spec["hidden_size"]
             config = LMConfig(hidden_size=hidden_size, layer_specs=[layer.spec for layer in layers], **options)
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # the Trainer then counts num_items_in_batch over labels[:, 1:]
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers if layers is not None else map(create_layer, config.layer_specs))
         config.layer_specs = [layer.spec for layer in self.layers]  # type: ignore[misc]  # complete, defaults included
@@ -126,7 +128,7 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None and use_cache and not (self.training and labels is not None):
             past_key_values = self.make_cache()
         if past_key_values is not None:
-            past_key_values = adopt(past_key_values, self.make_cache().layers)
+            past_key_values = adopt(past_key_values, self.make_cache)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         loss = logits = None
         if labels is not None:
