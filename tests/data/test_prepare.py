@@ -126,6 +126,11 @@ def test_large_vocabulary_of_a_ready_tokenizer_uses_32_bits(corpus, tmp_path):
         tmp_path / "words"
     )
     data = prepare(settings(corpus, tmp_path, tokenizer=str(tmp_path / "words")))
+    # Weights beside the tokenizer, as in a model folder, change nothing; the tokenizer's own files do.
+    (tmp_path / "words" / "model.safetensors").write_bytes(b"weights")
+    assert prepare(settings(corpus, tmp_path, tokenizer=str(tmp_path / "words"))).fingerprint == data.fingerprint
+    (tmp_path / "words" / "added_tokens.json").write_text("{}")
+    assert prepare(settings(corpus, tmp_path, tokenizer=str(tmp_path / "words"))).fingerprint != data.fingerprint
     assert data.splits["train"].ids.dtype == np.uint32
     assert data.splits["train"].ids.max() == 70_000
     assert len(data.tokenizer) == data.info["vocab_size"] == 70_001

@@ -32,6 +32,11 @@ VERSION = 1
 """Raised whenever the same settings would give other tokens than before: caches made before are then not used."""
 INFO_FILE = "info.json"
 SIZES_FILE = "sizes.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.model"),
+)
+"""Files of a folder that make its tokenizer; weights may stand beside them."""
 
 
 @dataclass
@@ -98,9 +103,13 @@ def _fingerprint(settings: DataSettings, corpus: Corpus, tokenizer_name: str, vo
     if corpus.fixed_split is None:
         parts += [settings.validation_share, settings.test_share]
     folder = hub.local_folder(tokenizer_name)
-    files = [tokenizer_name] if folder is None else sorted(file for file in folder.glob("*.*") if file.is_file())
+    files = [tokenizer_name] if folder is None else _tokenizer_files(folder)
     parts += [file if isinstance(file, str) else hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
 
 
 def _make(
