@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from newllm.evaluation import cache_bytes
 from newllm.evaluation.bench import BenchSettings, DecodeBench, TrainBench, bench_decode, bench_train
-from newllm.evaluation.efficiency import KEYS, Worker, WorkerError, measure_all
+from newllm.evaluation.efficiency import KEYS, Worker, WorkerError, cache_figures, measure_all
 from newllm.models import create_model
 from newllm.settings import RunSettings, UserError, resolve
 
@@ -37,7 +37,7 @@ def test_our_cache_is_measured_from_its_tensors(tokens, rows, kv_heads):
         model(torch.randint(96, (rows, 1)), past_key_values=cache)
     grown = cache_bytes(cache)
     assert grown.used == used // tokens * (tokens + 1)
-    assert grown.used <= grown.allocated <= max(1.25 * grown.used, used // tokens * (tokens + 1))
+    assert grown.used <= grown.allocated <= max(1.25 * grown.used, used // tokens * (tokens + 2))
 
 
 def test_a_foreign_cache_is_measured_too():
@@ -52,6 +52,24 @@ def test_a_shared_storage_counts_once_and_a_view_holds_all_of_it():
     cache.update(torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 0, 8), 0)
     cache.layers[0].keys, cache.layers[0].values = buffer[0, :, :, :10], buffer[1, :, :, :10]
     assert cache_bytes(cache) == (2 * 2 * 10 * 8 * 4, buffer.nbytes)
+
+
+@pytest.mark.parametrize(
+    ("used", "per_token", "state"),
+    [
+        (lambda tokens: 8 * tokens, 8, 0),
+        (lambda tokens: 500, 0, 500),
+        (lambda tokens: 500 + 8 * tokens, 8, 500),  # layers of both kinds
+        (lambda tokens: 8 * min(tokens, 400), 0, 3200),
+        (lambda tokens: 8 * min(tokens, 700), 8 * 700 / 1024, 0),
+        (lambda tokens: 8 * min(tokens, 900), 8 * 900 / 1024, 0),
+    ],
+)
+def test_what_grows_with_the_context_is_told_from_what_does_not(used, per_token, state):
+    measured = {tokens: {"used": used(tokens), "allocated": used(tokens) + 32} for tokens in (512, 768, 1024)}
+    figures = cache_figures(measured)
+    assert (figures["cache_bytes_per_token"], figures["state_bytes"]) == (per_token, state)
+    assert per_token <= figures["cache_bytes_allocated_per_token"] <= per_token + 1
 
 
 def test_trained_models_are_measured_side_by_side(tmp_path):

@@ -99,9 +99,8 @@ def measure_all(folders: list[Path], settings: CommonSettings) -> list[dict[str,
         settings: resolved settings; about `efficiency_seconds` are spent on each model, its start not counted.
 
     Returns:
-        for each model a dict of KEYS. Times are medians. cache_bytes_per_token is the difference between the bytes in
-        use at `decode_context` and at half of it, divided by the tokens between; state_bytes is what does not grow. If
-        a measurement fails, `efficiency_error` says why in one line, and the figures not reached are None.
+        for each model a dict of KEYS. Times are medians; what the cache costs is explained at `cache_figures`. If a
+        measurement fails, `efficiency_error` says why in one line, and the figures not reached are None.
     """
     measurements = [Measurement(folder, settings) for folder in folders]
     waiting = list(measurements)
@@ -117,6 +116,31 @@ def measure_all(folders: list[Path], settings: CommonSettings) -> list[dict[str,
                 measurement.end()
         waiting = waiting[len(group) :]
     return [measurement.result for measurement in measurements]
+
+
+def cache_figures(measured: dict[int, dict[str, int]]) -> dict[str, float]:
+    """What grows with the context and what does not.
+
+    Args:
+        measured: bytes used and allocated at about half of the context, three quarters, and all of it, by tokens.
+
+    Returns:
+        cache_bytes_per_token is the growth from half of the context to all of it, state_bytes the rest: 0 and all bytes
+        for a state that no longer grows, such as a short window. If the growth changes in between, as where a window
+        fills up, no line describes it: then cache_bytes_per_token is all bytes divided by all tokens, state_bytes 0.
+    """
+    (half, low), (middle, between), (full, high) = measured.items()
+    grown = high["used"] - low["used"]
+    if grown * (middle - half) == (between["used"] - low["used"]) * (full - half):
+        per_token = grown / (full - half)
+        allocated = (high["allocated"] - low["allocated"]) / (full - half)
+    else:
+        per_token, allocated = high["used"] / full, high["allocated"] / full
+    return {
+        "cache_bytes_per_token": per_token,
+        "cache_bytes_allocated_per_token": allocated,
+        "state_bytes": high["used"] - per_token * full,
+    }
 
 
 def _start_those_that_fit(waiting: list[Measurement]) -> list[Measurement]:
@@ -181,21 +205,13 @@ class Measurement:
         )
 
     def prepare_inference(self) -> None:
-        """Casts the weights, and reads the bytes of the cache at two lengths."""
+        """Casts the weights, and reads the bytes of the cache at three lengths."""
         context: int = self.settings.decode_context  # type: ignore[assignment]
         dtype = "bfloat16" if self.precision == "bf16" else "float32"
         self._call("infer", dtype=dtype)
-        half, full = (self._call("measure_cache", tokens=tokens) for tokens in (context // 2, context))
-        between = context - context // 2
-        per_token = (full["used"] - half["used"]) / between
-        self.result |= {
-            "decode_dtype": dtype,
-            "decode_context": context,
-            "prefill_tokens": context,
-            "cache_bytes_per_token": per_token,
-            "cache_bytes_allocated_per_token": (full["allocated"] - half["allocated"]) / between,
-            "state_bytes": full["used"] - per_token * context,
-        }
+        lengths = (context // 2, context - context // 4, context)
+        self.result |= cache_figures({tokens: self._call("measure_cache", tokens=tokens) for tokens in lengths})
+        self.result |= {"decode_dtype": dtype, "decode_context": context, "prefill_tokens": context}
 
     def infer(self) -> None:
         """Prefill, then single tokens after it; the first of them, which makes the cache grow, is not counted."""
