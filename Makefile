@@ -10,8 +10,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: $(VENV)/.installed  ## compare four token mixers on the embedded corpus, about five minutes
 	$(BIN)/newllm compare --out runs/demo
 
-test: $(VENV)/.installed-test  ## every test but the slow experiments
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+test: $(VENV)/.installed-test  ## every test
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
