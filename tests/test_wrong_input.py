@@ -137,6 +137,7 @@ CASES = {
     "unknown layer option": (lambda p: p.train("--model", "gqa:num_kv_heds=1"), "did you mean 'num_kv_heads'?"),
     "layer option without value": (lambda p: p.train("--model", "gqa:window"), "write options as name=value"),
     "key/value heads that do not divide": (lambda p: p.train("--model", "gqa:num_kv_heads=3"), "num_kv_heads 3"),
+    "shape as an option": (lambda p: p.train("--model", "gqa:hidden_size=64"), "hidden_size is no option of a model"),
     "no key/value heads": (lambda p: p.train("--model", "pythia:num_kv_heads=0"), "num_kv_heads is 0: it must be a"),
     "key/value heads below 0": (lambda p: p.train("--model", "gqa:num_kv_heads=-2"), "num_kv_heads is -2: it must be"),
     "fractional window": (lambda p: p.train("--model", "gqa:window=2.5"), "window is 2.5: it must be a whole number"),

@@ -83,6 +83,9 @@ def model_config(
 ) -> LMConfig:
     """The configuration of a named model; the arguments of `create_model`."""
     name, own = parse_model(model)
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "layer_specs"):
+        if key in own:
+            raise UserError(f"model '{model}': {key} is no option of a model; the shape is set for all models alike")
     options |= own
     specs = load_preset(name)["layers"]
     if len(specs) > num_layers:
