@@ -61,7 +61,7 @@ def print_results(results: dict[str, Any]) -> None:
             continue
         result = results[split]
         print(f"\n{split}: {result['tokens']:,} tokens")
-        positions = ", ".join(f"{p['from']}–{p['to']}: {p['ppl']:.2f}" for p in result["ppl_by_position"])
+        positions = ", ".join(f"{p['from']}–{p['to']}: {_ppl(p['ppl'])}" for p in result["ppl_by_position"])
         recall = result["recall"]
         lines = {
             "perplexity": f"{result['ppl']:.3f} ({result['loss']:.4f} nats a token): {result['band']['band']}",
