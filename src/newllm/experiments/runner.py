@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shlex
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from newllm.data import PreparedData
 
 
+# Columns of the printed table where the output is no terminal that has a width of its own.
+TABLE_WIDTH = 100
+
+
 def compare(settings: ExperimentSettings) -> Path:
     """Trains, evaluates and measures every model with every seed; returns the path of report.html.
 
@@ -56,7 +61,7 @@ def compare(settings: ExperimentSettings) -> Path:
     check_models(settings)
     out = resolve_out(settings)
     make_folder(out)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     with lock(out), Display(console, len(settings.runs())) as display:
         data = prepare(settings, display.say)
         comparison = Comparison(settings, out, data, display, jobs)
