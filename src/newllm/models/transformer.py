@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from newllm.models.cache import LMCache, adopt
 from newllm.models.config import LMConfig
 from newllm.models.layers.base import Layer, create_layer
+from newllm.models.linear import Linear
 from newllm.ops.loss import linear_cross_entropy
 
 
@@ -43,7 +44,7 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(layers if layers is not None else map(create_layer, config.layer_specs))
         config.layer_specs = [layer.spec for layer in self.layers]  # type: ignore[misc]  # complete, defaults included
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

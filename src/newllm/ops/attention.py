@@ -20,8 +20,9 @@ def causal_attention(
     slopes: Tensor | None = None,
     window: int | None = None,
     mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax_j(q_i·k_j / √d − m_h·(i − j)) v_j over j ≤ i.
+    """softmax_j(scale · q_i·k_j − m_h·(i − j)) v_j over j ≤ i.
 
     The T queries are the last T of S tokens: query t is token i = S − T + t. The query is the row, the key the column.
 
@@ -33,15 +34,16 @@ def causal_attention(
         slopes: (H,) or (1,) float32 slopes m of ALiBi (arXiv 2108.12409), in nats per token; None for no bias.
         window: a query sees at most this many tokens, itself included; None for all.
         mask: (B, S) bool, True for real tokens, False for padding; None if all are real.
+        scale: of the scores; default 1 / √d.
 
     Returns:
         (B, H, T, dv) in the dtype of q. The row of a padded query is finite and without meaning.
     """
     T, S = q.shape[2], k.shape[2]
     if T <= DIRECT_QUERIES:
-        return _direct(q, k, v, slopes, window, mask)
+        return _direct(q, k, v, slopes, window, mask, scale)
     if slopes is None and mask is None and T == S and (window is None or window >= S):
-        return _sdpa(q, k, v, is_causal=True)
+        return _sdpa(q, k, v, scale, is_causal=True)
     blocks = []
     for start in range(0, T, BLOCK):
         stop = min(start + BLOCK, T)
@@ -50,7 +52,7 @@ def causal_attention(
         bias = additive_mask(
             stop - start, last - first, slopes, window, None if mask is None else mask[:, first:last], q
         )
-        blocks.append(_sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], attn_mask=bias))
+        blocks.append(_sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], scale, attn_mask=bias))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
@@ -78,7 +80,9 @@ def additive_mask(
     return bias.masked_fill(~visible, float("-inf"))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
     dtype = q.dtype
     if attn_mask is not None and q.device.type != "cpu":
         # The kernels of other devices want the mask in the dtype of q, and a mask rounded to bf16 is no option.
@@ -86,18 +90,26 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, i
     # Autocast would round the float32 mask to bf16; q, k and v already have their dtype.
     with torch.autocast(q.device.type, enabled=False):
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     return mixed.to(dtype)
 
 
-def _direct(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, window: int | None, mask: Tensor | None) -> Tensor:
+def _direct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    window: int | None,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
     """Few queries, many keys (decoding): two matrix products, query heads of one key head stacked as rows."""
     B, H, T, d = q.shape
     Hk, S, dv = k.shape[1], k.shape[2], v.shape[3]
     k, v, start = _whole_buffers(k, v)
     C, stop = k.shape[2], start + S  # the S tokens stand at [start, stop) of C
-    rows = q.reshape(B, Hk, H // Hk * T, d) * d**-0.5
+    rows = q.reshape(B, Hk, H // Hk * T, d) * (d**-0.5 if scale is None else scale)
     with torch.autocast(q.device.type, enabled=False):
         scores = (rows @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)).view(B, H, T, C)
         if C > S:

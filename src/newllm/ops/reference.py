@@ -16,6 +16,7 @@ def attention(
     slopes: Tensor | None = None,
     window: int | None = None,
     mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """One query at a time: softmax over the keys it may see. Shapes as in `attention.causal_attention`."""
     B, H, T, d = q.shape
@@ -29,7 +30,7 @@ def attention(
                 seen = [j for j in range(first, i + 1) if mask is None or bool(mask[b, j]) or j == i]
                 scores = []
                 for j in seen:
-                    score = q[b, h, t] @ k[b, h * Hk // H, j] / math.sqrt(d)
+                    score = q[b, h, t] @ k[b, h * Hk // H, j] * (1 / math.sqrt(d) if scale is None else scale)
                     if slopes is not None:
                         score = score - slopes[h if len(slopes) > 1 else 0].to(q.dtype) * (i - j)
                     scores.append(score)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from newllm.models.cache import KeyValueState
 from newllm.models.layers.base import MLP, Layer, register_layer
+from newllm.models.linear import Linear
 from newllm.models.positions import RotaryPosition, create_position, position_spec
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
@@ -61,8 +62,8 @@ class PythiaLayer(Layer):
         self.window = window
         self.norm_attention = nn.LayerNorm(hidden_size)
         self.norm_mlp = nn.LayerNorm(hidden_size)
-        self.qkv = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * self.head_size)
-        self.out = nn.Linear(hidden_size, hidden_size)
+        self.qkv = Linear(hidden_size, (num_heads + 2 * num_kv_heads) * self.head_size)
+        self.out = Linear(hidden_size, hidden_size)
         self.mlp = MLP(hidden_size, intermediate_size)
 
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: KeyValueState | None) -> Tensor:  # type: ignore[override]
