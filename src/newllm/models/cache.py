@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,117 +90,141 @@ def with_spare_room(tokens: int) -> int:
     return tokens + max(tokens // 8, 1)
 
 
-class KeyValueState(LayerState):
-    """Keys and values of the tokens still visible, in buffers that grow by an eighth: no concatenation per step.
+class TokenState(LayerState):
+    """Named streams of numbers for every token still visible, in buffers that grow by an eighth: no concatenation.
 
-    Copying at each growth costs a token eight copies of itself, while decoding reads the whole cache at every step:
-    spare room is dearer than growth. Allocated bytes stay ≤ 1.25 × used once there are a few tokens. With a window W,
-    the last W − 1 tokens are kept.
+    Each stream is (B, N, S, d) with N and d of its own. Copying at each growth costs a token eight copies of itself,
+    while decoding reads the whole cache at every step: spare room is dearer than growth. Allocated bytes stay
+    ≤ 1.25 × used once there are a few tokens. With a window W, the last W − 1 tokens are kept.
     While gradients flow (chunked training), the buffers are concatenated instead: autograd forbids writing in place.
     """
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, names: tuple[str, ...], window: int | None = None) -> None:
         super().__init__()
+        self.names = names
         self.window = window
         self.start = 0  # the visible tokens stand at [start, stop) of the buffers
         self.stop = 0
-        self.buffers: list[Tensor] = []  # [(B, Hk, C, d) keys, (B, Hk, C, dv) values]
+        self.buffers: dict[str, Tensor] = {}  # each (B, N, C, d), all of one capacity C
         self.hidden_before: Tensor | None = None  # (B,) tokens before this count belong to an earlier document
 
-    def update(  # type: ignore[override]
-        self, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Appends k (B, Hk, T, d) and v (B, Hk, T, dv).
+    def update(self, *streams: Tensor, mask: Tensor | None = None) -> tuple[Any, ...]:  # type: ignore[override]
+        """Appends one (B, N, T, d) to each stream, in the order of the names.
 
         Args:
             mask: (B, S_all) bool over all tokens read so far, this chunk included; True for real tokens.
 
         Returns:
-            keys (B, Hk, S, d) and values (B, Hk, S, dv) visible to this chunk (views of the buffers), and their
-            mask (B, S) or None.
+            each stream (B, N, S, d) as far as this chunk sees it (views of the buffers), and their mask (B, S) or None.
         """
-        T = k.shape[2]
-        if k.requires_grad or v.requires_grad or (self.buffers and self.buffers[0].requires_grad):
-            self._concatenate(k, v)
+        new = dict(zip(self.names, streams, strict=True))
+        T = streams[0].shape[2]
+        if any(x.requires_grad for x in (*streams, *self.buffers.values())):
+            self._concatenate(new)
         else:
-            self._make_room(k, v)
-            for buffer, new in zip(self.buffers, (k, v), strict=True):
-                buffer[:, :, self.stop : self.stop + T] = new
+            self._make_room(new)
+            for name, x in new.items():
+                self.buffers[name][:, :, self.stop : self.stop + T] = x
             self.stop += T
         self.seen += T
-        keys, values = (buffer[:, :, self.start : self.stop] for buffer in self.buffers)
-        visible = self._visible(mask, keys)
+        views = self._views()
+        visible = self._visible(mask)
         if self.window is not None:
             self._forget(self.window - 1)
-        return keys, values, visible
+        return *views.values(), visible
+
+    def _views(self) -> dict[str, Tensor]:
+        return {name: buffer[:, :, self.start : self.stop] for name, buffer in self.buffers.items()}
+
+    @property
+    def _capacity(self) -> int:
+        return next((buffer.shape[2] for buffer in self.buffers.values()), 0)
 
     def _forget(self, kept: int) -> None:
         """Keeps the last `kept` tokens; frees the room of a long chunk that has passed through the window."""
         self.start = max(self.start, self.stop - kept)
-        if self.buffers[0].shape[2] > with_spare_room(kept) + 1:
-            self.buffers = [buffer[:, :, self.start : self.stop].clone() for buffer in self.buffers]
+        if self._capacity > with_spare_room(kept) + 1:
+            self.buffers = {name: view.clone() for name, view in self._views().items()}
             self.start, self.stop = 0, self.stop - self.start
 
-    def _concatenate(self, k: Tensor, v: Tensor) -> None:
+    def _concatenate(self, new: dict[str, Tensor]) -> None:
         if self.buffers:
-            k, v = (
-                torch.cat([buffer[:, :, self.start : self.stop], new], dim=2)
-                for buffer, new in zip(self.buffers, (k, v), strict=True)
-            )
-        self.buffers, self.start, self.stop = [k, v], 0, k.shape[2]
+            new = {name: torch.cat([view, new[name]], dim=2) for name, view in self._views().items()}
+        self.buffers = new
+        self.start, self.stop = 0, self._capacity
 
-    def _make_room(self, k: Tensor, v: Tensor) -> None:
-        used, T = self.stop - self.start, k.shape[2]
+    def _make_room(self, new: dict[str, Tensor]) -> None:
+        """Room for the new tokens. Zeros, since attention multiplies what is not yet written by 0."""
+        used, T = self.stop - self.start, next(iter(new.values())).shape[2]
         if not self.buffers:
-            self.buffers = [new.new_zeros(*new.shape[:2], T, new.shape[3]) for new in (k, v)]
-        elif self.stop + T > self.buffers[0].shape[2]:
+            self.buffers = {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in new.items()}
+        elif self.stop + T > self._capacity:
             kept = used + T if self.window is None else max(self.window - 1, T)
             capacity = max(used + T, with_spare_room(kept))
-            for n, old in enumerate(self.buffers):
-                # Zeros, since attention multiplies what is not yet written by 0.
-                self.buffers[n] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                self.buffers[n][:, :, :used] = old[:, :, self.start : self.stop]
+            for name, old in self._views().items():
+                self.buffers[name] = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+                self.buffers[name][:, :, :used] = old
             self.start, self.stop = 0, used
 
-    def _visible(self, mask: Tensor | None, keys: Tensor) -> Tensor | None:
-        """(B, S) over the visible keys: real tokens of the current document."""
-        S = keys.shape[2]
+    def _visible(self, mask: Tensor | None) -> Tensor | None:
+        """(B, S) over the visible tokens: real ones of the current document."""
+        S = self.stop - self.start
         visible = None if mask is None else mask[:, mask.shape[1] - S :].bool()
         if self.hidden_before is not None:
-            current = torch.arange(self.seen - S, self.seen, device=keys.device) >= self.hidden_before[:, None]
+            order = torch.arange(self.seen - S, self.seen, device=self.hidden_before.device)
+            current = order >= self.hidden_before[:, None]
             visible = current if visible is None else visible & current
         return visible
 
     def tensors(self) -> dict[str, Tensor]:
-        if not self.buffers:
-            return {}
-        keys, values = (buffer[:, :, self.start : self.stop] for buffer in self.buffers)
         hidden = {} if self.hidden_before is None else {"hidden_before": self.hidden_before}
-        return {"keys": keys, "values": values} | hidden
+        return self._views() | hidden
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
-        if not tensors:
-            return
-        self.buffers = [tensors["keys"], tensors["values"]]
+        self.buffers = {name: tensor for name, tensor in tensors.items() if name != "hidden_before"}
         self.hidden_before = tensors.get("hidden_before")
-        self.start, self.stop = 0, tensors["keys"].shape[2]
+        self.start, self.stop = 0, self._capacity
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         # On whole buffers, so that beam search keeps their spare room.
-        self.buffers = [change(buffer) for buffer in self.buffers]
+        self.buffers = {name: change(buffer) for name, buffer in self.buffers.items()}
         if self.hidden_before is not None:
             self.hidden_before = change(self.hidden_before)
 
     def reset(self) -> None:
-        self.buffers, self.start, self.stop, self.seen, self.hidden_before = [], 0, 0, 0, None
+        self.buffers, self.start, self.stop, self.seen, self.hidden_before = {}, 0, 0, 0, None
 
     def reset_rows(self, rows: Tensor) -> None:
         if not self.buffers:
             return  # nothing to forget
-        rows = rows.to(self.buffers[0].device)
+        rows = rows.to(next(iter(self.buffers.values())).device)
         if self.hidden_before is None:
             self.hidden_before = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         self.hidden_before = torch.where(rows, self.seen, self.hidden_before)
+
+
+class KeyValueState(TokenState):
+    """Keys and values of the visible tokens."""
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__(("keys", "values"), window)
+
+    def update(  # type: ignore[override]
+        self, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Appends k (B, Hk, T, d) and v (B, Hk, T, dv); gives keys (B, Hk, S, d), values (B, Hk, S, dv), mask."""
+        return super().update(k, v, mask=mask)  # type: ignore[return-value]
+
+
+class LatentState(TokenState):
+    """One latent vector for each visible token, from which a layer makes keys and values (MLA)."""
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__(("latent",), window)
+
+    def update(self, c: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Appends c (B, 1, T, r); gives the visible latents (B, 1, S, r) and their mask (B, S) or None."""
+        return super().update(c, mask=mask)  # type: ignore[return-value]
 
 
 class RecurrentState(LayerState):
