@@ -58,12 +58,24 @@ def test_rows_of_padding_stay_finite():
         assert attention.causal_attention(q[:, :, :T], k[:, :, :T], v[:, :, :T], mask=mask[:, :T]).isfinite().all()
 
 
-@given(start=st.integers(0, 5), S=st.integers(1, 9), spare=st.integers(0, 4), heads=st.sampled_from([(4, 4), (4, 2)]))
-def test_views_of_longer_buffers_equal_their_copies(start, S, spare, heads):
+@given(
+    start=st.integers(0, 5),
+    S=st.integers(1, 9),
+    spare=st.integers(0, 4),
+    heads=st.sampled_from([(4, 4), (4, 2), (4, 1)]),
+    slopes=st.sampled_from([None, [0.25], [0.5, 0.25, 0.125, 0.0625]]),
+    masked=st.booleans(),
+)
+def test_views_of_longer_buffers_equal_their_copies_and_the_twin(start, S, spare, heads, slopes, masked):
     """In bf16 on a CPU the product runs over the whole buffer; what stands outside the view must not count."""
     (H, Hk), capacity = heads, start + S + spare
     q = torch.randn(2, H, 1, 8, dtype=torch.float64)
     buffers = [torch.randn(2, Hk, capacity, 8, dtype=torch.float64) for _ in "kv"]
     k, v = (buffer[:, :, start : start + S] for buffer in buffers)
-    view = attention.causal_attention(q, k, v)
-    torch.testing.assert_close(view, attention.causal_attention(q, k.clone(), v.clone()), rtol=1e-12, atol=1e-12)
+    options = {"slopes": None if slopes is None else torch.tensor(slopes), "scale": 0.3}
+    if masked:
+        options["mask"] = torch.rand(2, S) < 0.5
+    view = attention.causal_attention(q, k, v, **options)
+    expected = attention.causal_attention(q, k.clone(), v.clone(), **options)
+    torch.testing.assert_close(view, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(view, reference.attention(q, k, v, **options), rtol=1e-10, atol=1e-10)

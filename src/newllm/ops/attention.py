@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,7 +85,12 @@ def additive_mask(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    dtype = q.dtype
+    dtype, d, dv = q.dtype, q.shape[3], v.shape[3]
+    if d != dv:
+        # The fused kernel wants one width; without it all scores would be in memory at once. Zeros change nothing.
+        q, k, v = (F.pad(x, (0, max(d, dv) - x.shape[3])) for x in (q, k, v))
+        scale = d**-0.5 if scale is None else scale
+        return _sdpa(q, k, v, scale, attn_mask=attn_mask, is_causal=is_causal)[..., :dv]
     if attn_mask is not None and q.device.type != "cpu":
         # The kernels of other devices want the mask in the dtype of q, and a mask rounded to bf16 is no option.
         q, k, v = (x.to(attn_mask.dtype) for x in (q, k, v))
@@ -112,13 +119,30 @@ def _direct(
     rows = q.reshape(B, Hk, H // Hk * T, d) * (d**-0.5 if scale is None else scale)
     with torch.autocast(q.device.type, enabled=False):
         scores = (rows @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)).view(B, H, T, C)
+        if T == 1 and slopes is not None:
+            distances = _distances(stop, C, scores.dtype, scores.device)
+            scores = torch.addcmul(scores, slopes.to(scores.dtype)[:, None, None], distances, value=-1)
         if C > S:
             scores[..., :start] = scores[..., stop:] = float("-inf")
-        if T > 1 or slopes is not None or mask is not None or (window is not None and window < S):
-            bias = additive_mask(T, S, slopes, window, mask, q)
+        if T > 1 or mask is not None or (window is not None and window < S):
+            bias = additive_mask(T, S, slopes if T > 1 else None, window, mask, q)
             scores = scores + bias if C == S else scores + F.pad(bias, (start, C - stop))
         weights = scores.softmax(dim=-1).to(v.dtype).view(B, Hk, H // Hk * T, C)
         return (weights @ v).view(B, H, T, dv)
+
+
+def _distances(stop: int, C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """stop − 1 − j for the columns j = 0 … C − 1, a view of a table that is made once."""
+    reach = 1 << (max(stop, C) - 1).bit_length()
+    table = _distance_table(reach, dtype, device)
+    return table[reach - stop : reach - stop + C]
+
+
+@functools.lru_cache(maxsize=8)
+def _distance_table(reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """reach − 1 down to −reach."""
+    with torch.inference_mode(False):
+        return torch.arange(reach - 1, -reach - 1, -1, dtype=dtype, device=device)
 
 
 def _whole_buffers(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
