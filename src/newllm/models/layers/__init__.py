@@ -8,6 +8,7 @@ from newllm.models.layers.base import LAYER_TYPES, MLP, Layer, create_layer, lay
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+from newllm.models.layers.mla import MLALayer  # noqa: E402
 from newllm.models.layers.pythia import PythiaLayer  # noqa: E402
 
-__all__ = ["LAYER_TYPES", "MLP", "Layer", "PythiaLayer", "create_layer", "layer_type", "register_layer"]
+__all__ = ["LAYER_TYPES", "MLP", "Layer", "MLALayer", "PythiaLayer", "create_layer", "layer_type", "register_layer"]
