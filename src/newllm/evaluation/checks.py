@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from newllm.models.transformer import TransformerLM
 
 # Largest difference allowed between two ways of computing the same logits, relative to the largest logit.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# The same for models whose caches are quantised: a number that lies between two codes is rounded either way.
+QUANTISED_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 # Shape of the models built to check a layer type: small, and every size different, so that a mixed-up dimension shows.
 CHECK_SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 80, "vocab_size": 61}
 
@@ -42,8 +44,9 @@ class Subject:
     tolerance: float
 
     def logits(self, ids: Tensor, **inputs) -> Tensor:
-        """(B, T, V) over the whole sequence at once."""
-        return self.model(ids, use_cache=False, **inputs).logits
+        """(B, T, V) over the whole sequence at once; through the cache where it is quantised, as it is generated."""
+        cache = self.model.make_cache() if self.model.config.cache_precision != "model" else None
+        return self.model(ids, use_cache=False, past_key_values=cache, **inputs).logits
 
     def chunked(self, ids: Tensor, sizes: list[int], **inputs) -> Tensor:
         """(B, T, V), read chunk by chunk through the model's own cache."""
@@ -62,7 +65,8 @@ def check_model(model: TransformerLM, tokens: int = 160) -> list[CheckResult]:
 
     Returns one CheckResult per point, in the order of CHECKS.
     """
-    return _run(Subject(model, _ids(model, tokens), TOLERANCE[model.dtype]), CHECKS)
+    tolerance = TOLERANCE if model.config.cache_precision == "model" else QUANTISED_TOLERANCE
+    return _run(Subject(model, _ids(model, tokens), tolerance[model.dtype]), CHECKS)
 
 
 def check_as_trained(
@@ -281,29 +285,31 @@ def _saved(s: Subject) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         s.model.save_pretrained(folder)
         loaded = TransformerLM.from_pretrained(folder, dtype=s.model.dtype, device_map=s.model.device).eval()
-    loaded_logits = loaded(s.ids, use_cache=False).logits
-    if not torch.equal(loaded_logits, s.logits(s.ids)):
+    if not torch.equal(replace(s, model=loaded).logits(s.ids), s.logits(s.ids)):
         return False, "a saved and loaded model gives other logits: a parameter or buffer is not saved or not restored"
     return True, "saved and loaded, it gives the same logits, bit for bit"
 
 
 def _bytes(s: Subject) -> tuple[bool | None, str]:
-    sizes = []
+    precision = s.model.config.cache_precision
     for tokens in (1, 5, s.ids.shape[1]):
-        cache = s.model.make_cache()
-        s.model(s.ids[:1, :tokens], past_key_values=cache)
-        for n, (layer, state) in enumerate(zip(s.model.layers, cache.layers, strict=True)):
-            measured = bytes_of(state.tensors().values())
+        plain, cache = s.model.make_cache("model"), s.model.make_cache()
+        for empty in (plain, cache):
+            s.model(s.ids[:1, :tokens], past_key_values=empty)
+        for n, layer in enumerate(s.model.layers):
             try:
-                expected = layer.state_bytes(tokens, s.model.dtype.itemsize)  # type: ignore[operator]
+                closed_form = layer.state_bytes(tokens, s.model.dtype.itemsize)  # type: ignore[operator]
             except NotImplementedError:
                 return None, f"not judged: {type(layer).__name__} gives no closed form (state_bytes)"
-            if measured != expected:
-                return (
-                    False,
-                    f"layer {n} holds {measured:,} bytes after {tokens} tokens, its closed form says {expected:,}",
-                )
-            sizes.append(measured)
+            quantised = plain.layers[n].bytes_at(precision)
+            for state, expected in ((plain.layers[n], closed_form), (cache.layers[n], quantised)):
+                measured = bytes_of(state.tensors().values())
+                if measured != expected:
+                    return (
+                        False,
+                        f"layer {n} holds {measured:,} bytes at precision {state.precision} after {tokens} tokens, its "
+                        f"closed form says {expected:,}",
+                    )
     return True, f"measured state bytes = closed form at 1, 5 and {s.ids.shape[1]} tokens"
 
 

@@ -98,16 +98,19 @@ class Scored:
     input_ids: np.ndarray  # (B, L) int64
 
 
-def score(model: TransformerLM, ids: np.ndarray, spans: Spans, settings: CommonSettings) -> Iterator[Scored]:
-    """The losses of all spans, batch by batch, longest first (little padding), in evaluation mode and without state.
+def score(
+    model: TransformerLM, ids: np.ndarray, spans: Spans, settings: CommonSettings, cache_precision: str | None = None
+) -> Iterator[Scored]:
+    """The losses of all spans, batch by batch, longest first (little padding), in evaluation mode, with fresh state.
 
     A batch holds about as many tokens as eval_batch_size training windows. Shorter rows are padded on the right,
-    which a causal model cannot see.
+    which a causal model cannot see. cache_precision: see `TransformerLM.token_losses`.
     """
     from newllm.training.devices import autocast, resolve_precision
 
     device = model.device
     precision = resolve_precision(settings, device)
+    options = {} if cache_precision is None else {"cache_precision": cache_precision}
     length = spans.stop - spans.start
     spans, length = spans[order := np.argsort(-length, kind="stable")], length[order]
     was_training = model.training
@@ -120,7 +123,7 @@ def score(model: TransformerLM, ids: np.ndarray, spans: Spans, settings: CommonS
         position = batch.start[:, None] + np.arange((batch.stop - batch.start).max())  # (B, L)
         input_ids = np.asarray(ids[np.minimum(position, len(ids) - 1)]).astype(np.int64)
         with torch.no_grad(), autocast(device, precision):
-            losses = model.token_losses(torch.from_numpy(input_ids).to(device))  # (B, L - 1)
+            losses = model.token_losses(torch.from_numpy(input_ids).to(device), **options)  # (B, L - 1)
         target = position[:, 1:]
         mask = (target >= batch.first[:, None]) & (target < batch.stop[:, None])
         yield Scored(losses.double().cpu().numpy(), mask, input_ids)
@@ -132,8 +135,12 @@ def token_weighted_loss(model: TransformerLM, tokens: TokenFile, settings: Commo
     return _mean_loss(model, tokens.ids, _contiguous(tokens, settings), settings)
 
 
-def evaluate(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) -> dict[str, Any]:
+def evaluate(
+    model: TransformerLM, tokens: TokenFile, settings: CommonSettings, cache_precision: str | None = None
+) -> dict[str, Any]:
     """All perplexities of a split; settings must be resolved. Works for any model with `token_losses`.
+
+    With a cache_precision the model reads through a cache of that precision, see `TransformerLM.token_losses`.
 
     "bits_per_byte" is the loss per token times the split's tokens per byte: total bits / total bytes, exactly, when the
     whole split is scored, and an estimate when eval_tokens limits it. A separator costs bits but counts no byte.
@@ -143,7 +150,7 @@ def evaluate(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) 
     spans = _contiguous(tokens, settings)
     total, count = 0.0, 0
     recall_total, recall_count = np.zeros(2), np.zeros(2, dtype=np.int64)
-    for batch in score(model, tokens.ids, spans, settings):
+    for batch in score(model, tokens.ids, spans, settings, cache_precision):
         losses = np.where(batch.mask, batch.losses, 0.0)
         total += float(losses.sum())
         count += int(batch.mask.sum())
@@ -163,10 +170,10 @@ def evaluate(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) 
         "ppl": perplexity(loss),
         "bits_per_byte": loss / math.log(2) * len(tokens.ids) / tokens.num_bytes,
         "tokens": count,
-        "ppl_by_position": ppl_by_position(model, tokens, settings),
-        "sliding_ppl": perplexity(_mean_loss(model, tokens.ids, sliding, settings)),
+        "ppl_by_position": ppl_by_position(model, tokens, settings, cache_precision),
+        "sliding_ppl": perplexity(_mean_loss(model, tokens.ids, sliding, settings, cache_precision)),
         "sliding": {"window": window, "stride": stride, "tokens": sliding.num_scored},
-        "segment_ppl": perplexity(_mean_loss(model, tokens.ids, segments, settings)),
+        "segment_ppl": perplexity(_mean_loss(model, tokens.ids, segments, settings, cache_precision)),
         "recall": {
             "repeated": _ratio(recall_total[:1], recall_count[:1]),
             "other": _ratio(recall_total[1:], recall_count[1:]),
@@ -175,13 +182,15 @@ def evaluate(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) 
     }
 
 
-def ppl_by_position(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) -> list[dict[str, Any]]:
+def ppl_by_position(
+    model: TransformerLM, tokens: TokenFile, settings: CommonSettings, cache_precision: str | None = None
+) -> list[dict[str, Any]]:
     """Perplexity of the predictions made in each range of positions of windows of position_window tokens."""
     window = settings.position_window
     assert window is not None
     total, count = np.zeros(window - 1), np.zeros(window - 1, dtype=np.int64)
     spans = limit(contiguous_spans(len(tokens.ids), window), settings.eval_tokens)
-    for batch in score(model, tokens.ids, spans, settings):
+    for batch in score(model, tokens.ids, spans, settings, cache_precision):
         width = batch.losses.shape[1]
         total[:width] += np.where(batch.mask, batch.losses, 0.0).sum(axis=0)
         count[:width] += batch.mask.sum(axis=0)
@@ -228,8 +237,10 @@ def _contiguous(tokens: TokenFile, settings: CommonSettings) -> Spans:
     return limit(contiguous_spans(len(tokens.ids), settings.seq_length), settings.eval_tokens)
 
 
-def _mean_loss(model: TransformerLM, ids: np.ndarray, spans: Spans, settings: CommonSettings) -> float:
-    batches = score(model, ids, spans, settings)
+def _mean_loss(
+    model: TransformerLM, ids: np.ndarray, spans: Spans, settings: CommonSettings, cache_precision: str | None = None
+) -> float:
+    batches = score(model, ids, spans, settings, cache_precision)
     return sum(float(batch.losses[batch.mask].sum()) for batch in batches) / spans.num_scored
 
 

@@ -6,6 +6,7 @@ reset row by row, measured from its live tensors, exported and restored.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,9 +15,27 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from newllm.ops.quantize import BITS, dequantize, quantize, vector_bytes
+from newllm.settings import nearest
+
+PRECISIONS = ("model", *BITS)
+
+
+def check_precision(precision: str) -> str:
+    """The precision of a cache: 'model' stores numbers as the layers compute them. Raises UserError for another one."""
+    if precision not in PRECISIONS:
+        raise nearest(str(precision), list(PRECISIONS), "cache_precision")
+    return precision
+
 
 class LayerState(CacheLayerMixin):
-    """State of one layer. `seen` counts the tokens read, padding included."""
+    """State of one layer. `seen` counts the tokens read, padding included.
+
+    `precision` is how what grows with the text is stored; other states stay as they are. It is set before the first
+    token.
+    """
+
+    precision = "model"
 
     is_compileable = False
     is_croppable = False  # a state that has moved on cannot be rolled back
@@ -50,6 +69,10 @@ class LayerState(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.change_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def bytes_at(self, precision: str) -> int:
+        """Closed form of the bytes that what this state of precision 'model' holds would take at another precision."""
+        return bytes_of(self.tensors().values())
 
     def detach_(self) -> None:
         """Cuts the gradient to what was read so far (truncated back-propagation through time)."""
@@ -97,6 +120,9 @@ class TokenState(LayerState):
     while decoding reads the whole cache at every step: spare room is dearer than growth. Allocated bytes stay
     ≤ 1.25 × used once there are a few tokens. With a window W, the last W − 1 tokens are kept.
     While gradients flow (chunked training), the buffers are concatenated instead: autograd forbids writing in place.
+
+    With a quantised precision a stream is held as two buffers, NAME.codes and NAME.scales (`ops.quantize`), and every
+    token is read from its codes, also by the chunk it came with: how a text is cut into chunks changes nothing.
     """
 
     def __init__(self, names: tuple[str, ...], window: int | None = None) -> None:
@@ -115,11 +141,15 @@ class TokenState(LayerState):
             mask: (B, S_all) bool over all tokens read so far, this chunk included; True for real tokens.
 
         Returns:
-            each stream (B, N, S, d) as far as this chunk sees it (views of the buffers), and their mask (B, S) or None.
+            each stream (B, N, S, d) as far as this chunk sees it (views of the buffers; new tensors if quantised), and
+            their mask (B, S) or None.
+
+        Raises:
+            ValueError: for a gradient through a quantised state.
         """
-        new = dict(zip(self.names, streams, strict=True))
+        new = self._encode(streams)
         T = streams[0].shape[2]
-        if any(x.requires_grad for x in (*streams, *self.buffers.values())):
+        if any(x.requires_grad for x in (*new.values(), *self.buffers.values())):
             self._concatenate(new)
         else:
             self._make_room(new)
@@ -127,11 +157,39 @@ class TokenState(LayerState):
                 self.buffers[name][:, :, self.stop : self.stop + T] = x
             self.stop += T
         self.seen += T
-        views = self._views()
+        read = self._decode(streams)
         visible = self._visible(mask)
         if self.window is not None:
             self._forget(self.window - 1)
-        return *views.values(), visible
+        return *read, visible
+
+    def _encode(self, streams: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """What the buffers hold of the streams, by the buffers' names."""
+        if self.precision == "model":
+            return dict(zip(self.names, streams, strict=True))
+        if any(x.requires_grad for x in streams):
+            raise ValueError(
+                f"a cache of precision '{self.precision}' passes no gradient: read under torch.no_grad(), or through "
+                "model.make_cache('model')"
+            )
+        bits = BITS[self.precision]
+        parts = zip(self._buffer_names, itertools.chain(*(quantize(x, bits) for x in streams)), strict=True)
+        return dict(parts)
+
+    def _decode(self, streams: tuple[Tensor, ...]) -> list[Tensor]:
+        """The visible tokens of each stream, in the dtype of the tokens just given."""
+        views = list(self._views().values())
+        if self.precision == "model":
+            return views
+        return [
+            dequantize(codes, scales, BITS[self.precision], x.shape[3], x.dtype)
+            for codes, scales, x in zip(views[::2], views[1::2], streams, strict=True)
+        ]
+
+    @property
+    def _buffer_names(self) -> list[str]:
+        parts = ("",) if self.precision == "model" else (".codes", ".scales")
+        return [name + part for name in self.names for part in parts]
 
     def _views(self) -> dict[str, Tensor]:
         return {name: buffer[:, :, self.start : self.stop] for name, buffer in self.buffers.items()}
@@ -176,12 +234,20 @@ class TokenState(LayerState):
             visible = current if visible is None else visible & current
         return visible
 
+    def bytes_at(self, precision: str) -> int:
+        if precision == "model":
+            return super().bytes_at(precision)
+        return sum(x[..., 0].numel() * vector_bytes(x.shape[3], BITS[precision]) for x in self._views().values())
+
     def tensors(self) -> dict[str, Tensor]:
         hidden = {} if self.hidden_before is None else {"hidden_before": self.hidden_before}
         return self._views() | hidden
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
-        self.buffers = {name: tensor for name, tensor in tensors.items() if name != "hidden_before"}
+        given = {name: tensor for name, tensor in tensors.items() if name != "hidden_before"}
+        if given and set(given) != set(self._buffer_names):
+            raise ValueError(f"a state of precision '{self.precision}' cannot hold {', '.join(given)}")
+        self.buffers = {name: given[name] for name in self._buffer_names if given}
         self.hidden_before = tensors.get("hidden_before")
         self.start, self.stop = 0, self._capacity
 
@@ -257,12 +323,14 @@ class RecurrentState(LayerState):
 
 
 class LMCache(Cache):
-    """The states of all layers of one model."""
+    """The states of all layers of one model, those that grow with the text stored at one precision."""
 
     layers: list[LayerState]  # type: ignore[assignment]
 
-    def __init__(self, layers: Iterable[LayerState]) -> None:
+    def __init__(self, layers: Iterable[LayerState], precision: str = "model") -> None:
         super().__init__(layers=list(layers))
+        for state in self.layers:
+            state.precision = check_precision(precision)
 
     def reset_rows(self, rows: Tensor) -> None:
         """Rows where `rows` (B,) is True start a new document."""

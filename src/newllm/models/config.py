@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from newllm.models.cache import check_precision
 from newllm.settings import nearest
 
 # What Hugging Face writes into config.json beside the fields.
@@ -24,9 +25,11 @@ class LMConfig(PreTrainedConfig):
         tie_word_embeddings: share the input embedding with the output head.
         layer_norm_eps: epsilon of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
+        cache_precision: how caches store what grows with the text: 'model' (in the dtype it is computed in), 'int8' or
+            'int4', see `ops.quantize`.
 
     Raises:
-        UserError: for an unknown option (transformers would take it silently).
+        UserError: for an unknown option (transformers would take it silently) or cache_precision.
     """
 
     model_type = "newllm"
@@ -39,6 +42,7 @@ class LMConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
+    cache_precision: str = "model"
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -49,4 +53,5 @@ class LMConfig(PreTrainedConfig):
         for name in kwargs:
             if name not in BOOKKEEPING and not name.startswith("_"):
                 raise nearest(name, list(LMConfig.__annotations__), "option", "of LMConfig")
+        check_precision(self.cache_precision)
         super().__post_init__(**kwargs)

@@ -64,9 +64,14 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.head = new_embeddings  # type: ignore[assignment]
 
-    def make_cache(self) -> LMCache:
-        """An empty cache: one state for each layer."""
-        return LMCache(layer.make_state() for layer in self.layers)  # type: ignore[operator]
+    def make_cache(self, precision: str | None = None) -> LMCache:
+        """An empty cache: one state for each layer.
+
+        Args:
+            precision: 'model', 'int8' or 'int4', see `ops.quantize`; None is the configuration's `cache_precision`.
+        """
+        states = (layer.make_state() for layer in self.layers)  # type: ignore[operator]
+        return LMCache(states, self.config.cache_precision if precision is None else precision)
 
     def hidden_states(
         self,
@@ -141,8 +146,15 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
 
-    def token_losses(self, input_ids: Tensor, **inputs) -> Tensor:
-        """−log p(token t | tokens < t) in nats for t = 1 … T − 1: (B, T − 1) float32; never all logits in memory."""
+    def token_losses(self, input_ids: Tensor, cache_precision: str | None = None, **inputs) -> Tensor:
+        """−log p(token t | tokens < t) in nats for t = 1 … T − 1: (B, T − 1) float32; never all logits in memory.
+
+        Args:
+            cache_precision: read through an empty cache of this precision. None reads without a cache, unless the
+                configuration quantises the model's caches: then their cost belongs to the model's loss.
+        """
+        if cache_precision is not None or self.config.cache_precision != "model":
+            inputs["past_key_values"] = self.make_cache(cache_precision)
         hidden = self.hidden_states(input_ids, **inputs)[:, :-1]
         nats = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, input_ids[:, 1:].flatten(), "none")
         return nats.view(hidden.shape[:2])

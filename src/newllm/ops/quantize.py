@@ -1,0 +1,82 @@
+"""Numbers stored as small integers with a scale for each group: what quantised caches hold.
+
+A vector of d numbers is cut into n groups; group g holds whole numbers c with |c| ≤ Q and one float16 scale s:
+
+    s_g = max |x_g| / Q,    c = round(x / s_g),    x̂ = s_g · c,    Q = 127 (int8) or 7 (int4)
+
+No number depends on another vector, so what was written once never changes, however the text is cut into chunks.
+The twin is `reference.quantize_and_back`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bits of a code, by the name of the precision.
+BITS = {"int8": 8, "int4": 4}
+# A group has at most this many numbers: one outlier spoils the steps of its own group only.
+LARGEST_GROUP = 32
+# Float16's smallest number and its largest: where scales end.
+SCALE_RANGE = (2.0**-24, 65504.0)
+
+
+def groups(size: int) -> int:
+    """Groups of a vector of `size` numbers: as few as can be, all alike and none above LARGEST_GROUP."""
+    least = math.ceil(size / LARGEST_GROUP)
+    return next(n for n in range(least, size + 1) if size % n == 0)
+
+
+def largest_code(bits: int) -> int:
+    """Q: symmetric, so that 0 is stored as 0 and the sign costs no accuracy."""
+    return 2 ** (bits - 1) - 1
+
+
+def vector_bytes(size: int, bits: int) -> int:
+    """Bytes of one vector of `size` numbers, its float16 scales included."""
+    return math.ceil(size * bits / 8) + 2 * groups(size)
+
+
+def bytes_per_number(size: int, bits: int) -> float:
+    """`vector_bytes` for each number: 1.0625 (int8) and 0.5625 (int4) where groups are full."""
+    return vector_bytes(size, bits) / size
+
+
+def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x (…, d).
+
+    The error of a number is at most half a scale, plus 4e-6 where scales fall below float16's normal range (6e-5).
+
+    Returns:
+        codes: (…, d) int8; with 4 bits (…, ⌈d/2⌉) uint8, see `_pack`.
+        scales: (…, groups(d)) float16.
+    """
+    Q = largest_code(bits)
+    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (groups(x.shape[-1]), -1))
+    scales = (grouped.abs().amax(dim=-1) / Q).clamp(*SCALE_RANGE).to(torch.float16)
+    # Divided by the scale that is kept: its own rounding adds no error, but may lead just beyond Q.
+    codes = (grouped / scales[..., None]).round().clamp(-Q, Q).to(torch.int8).flatten(-2)
+    return (_pack(codes) if bits == 4 else codes), scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, bits: int, size: int, dtype: torch.dtype) -> Tensor:
+    """The numbers (…, size) in `dtype` that codes and scales stand for."""
+    numbers = _unpack(codes, size) if bits == 4 else codes
+    exact = torch.promote_types(dtype, torch.float32)
+    grouped = numbers.unflatten(-1, (scales.shape[-1], -1)) * scales.to(exact)[..., None]
+    return grouped.flatten(-2).to(dtype)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """(…, d) codes of 4 bits into (…, ⌈d/2⌉) bytes: number i in the low half of byte i, number ⌈d/2⌉ + i above it."""
+    shifted = (F.pad(codes, (0, codes.shape[-1] % 2)) + 8).to(torch.uint8)
+    low, high = shifted.chunk(2, dim=-1)
+    return low | (high << 4)
+
+
+def _unpack(packed: Tensor, size: int) -> Tensor:
+    """(…, size) int8 codes of bytes packed by `_pack`."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)[..., :size].to(torch.int8) - 8

@@ -1,0 +1,180 @@
+"""States that grow with the text, at every precision: what they give back, what they hold, what they refuse."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from newllm.evaluation import cache_bytes
+from newllm.evaluation.checks import CHECK_SHAPE, check_layer_types
+from newllm.models import create_model, load_model
+from newllm.models.cache import PRECISIONS, KeyValueState, LatentState, LMCache, RecurrentState, TokenState
+from newllm.models.layers import LAYER_TYPES
+from newllm.ops.quantize import BITS, dequantize, quantize
+from newllm.settings import UserError
+
+QUANTISED = list(BITS)
+TYPES = [name for name, cls in LAYER_TYPES.items() if cls.__module__.startswith("newllm.models")]
+
+
+def state_of(precision, *args):
+    state = TokenState(*args)
+    state.precision = precision
+    return state
+
+
+def as_read(x, precision):
+    if precision == "model":
+        return x
+    return dequantize(*quantize(x, BITS[precision]), BITS[precision], x.shape[-1], x.dtype)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    window=st.none() | st.integers(1, 12),
+    precision=st.sampled_from(PRECISIONS),
+    widths=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), min_size=1, max_size=3),
+    padded=st.booleans(),
+)
+def test_any_streams_in_any_chunks_are_read_as_they_were_written(sizes, window, precision, widths, padded):
+    total = sum(sizes)
+    names = tuple(f"stream{n}" for n in range(len(widths)))
+    streams = [torch.randn(2, N, total, d) for N, d in widths]
+    everything = [as_read(x, precision) for x in streams]
+    mask = torch.rand(2, total) > 0.3 if padded else None
+    state, stop = state_of(precision, names, window), 0
+    for size in sizes:
+        start, stop = stop, stop + size
+        *read, visible = state.update(
+            *(x[:, :, start:stop] for x in streams), mask=None if mask is None else mask[:, :stop]
+        )
+        first = 0 if window is None else max(0, start - window + 1)  # what the chunk's first token sees
+        for x, expected in zip(read, everything, strict=True):
+            assert torch.equal(x, expected[:, :, first:stop])
+        assert visible is None if mask is None else torch.equal(visible, mask[:, first:stop])
+    kept = total if window is None else min(total, window - 1)
+    per_token = sum(N * (as_bytes(d, precision)) for N, d in widths)
+    assert sum(t.nbytes for t in state.tensors().values()) == 2 * kept * per_token
+    assert state.seen == total
+
+
+def as_bytes(d, precision):
+    if precision == "model":
+        return 4 * d
+    codes, scales = quantize(torch.zeros(d), BITS[precision])
+    return codes.nbytes + scales.nbytes
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_room_grows_by_an_eighth_and_all_streams_share_their_place(precision):
+    state = state_of(precision, ("keys", "values"), None)
+    for _ in range(300):
+        k, v, _mask = state.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 4))
+    cache = LMCache([state], precision)
+    used, allocated = cache_bytes(cache)
+    assert used < allocated <= 1.13 * used
+    assert len({buffer.shape[2] for buffer in state.buffers.values()}) == 1
+    if precision == "model":  # what attention's products of whole buffers rely on
+        assert k.storage_offset() // 8 == v.storage_offset() // 4
+        assert k.stride(1) // 8 == v.stride(1) // 4 == state.buffers["keys"].shape[2]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_can_be_repeated_selected_reset_exported_and_restored(precision):
+    state, twin = (state_of(precision, ("latent",), None) for _ in range(2))
+    first, second = torch.randn(2, 1, 5, 48), torch.randn(4, 1, 3, 48)
+    state.update(first)
+    state.batch_repeat_interleave(2)
+    state.reorder_cache(torch.tensor([3, 0, 1, 2]))
+    state.reset_rows(torch.tensor([False, True, False, False]))
+    twin.restore(dict(reversed(state.export().items())))  # a file may give its tensors in another order
+    rows = torch.tensor([1, 0, 0, 1])
+    for s in (state, twin):
+        read, mask = s.update(second)
+        assert torch.equal(read, as_read(torch.cat([first[rows], second], dim=2), precision))
+        assert mask.tolist() == [[True] * 8, [False] * 5 + [True] * 3, [True] * 8, [True] * 8]
+
+
+def test_states_of_one_latent_and_of_keys_and_values():
+    c = torch.randn(2, 1, 3, 8)
+    latent, mask = LatentState(window=3).update(c, torch.ones(2, 3, dtype=torch.bool))
+    assert torch.equal(latent, c)
+    assert mask.all()
+    state = KeyValueState()
+    keys, values, none = state.update(c, 2 * c)
+    assert torch.equal(values, 2 * keys)
+    assert none is None
+    assert set(state.tensors()) == {"keys", "values"}
+
+
+def test_only_what_grows_is_quantised():
+    recurrent = RecurrentState()
+    cache = LMCache([recurrent, KeyValueState()], "int8")
+    recurrent.write(1, memory=torch.randn(2, 4))
+    cache.layers[1].update(torch.randn(2, 1, 1, 4), torch.randn(2, 1, 1, 4))
+    assert recurrent.read("memory").dtype == torch.float32
+    assert {name: t.dtype for name, t in cache.layers[1].tensors().items()} == {
+        **{"keys.codes": torch.int8, "values.codes": torch.int8},
+        **{"keys.scales": torch.float16, "values.scales": torch.float16},
+    }
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name in TYPES for options in ({}, LAYER_TYPES[name].variants[0])]
+)
+def test_every_layer_type_keeps_the_whole_contract_with_a_quantised_cache(name, options, precision):
+    """Any split gives the same logits, rows and padding stay apart, generate() = forward, bytes = closed form."""
+    results = check_layer_types([name], cache_precision=precision, **options)[name]
+    assert [result for result in results if result.passed is not True] == []
+
+
+@pytest.mark.parametrize(("precision", "error"), [("model", 0.0), ("int8", 0.02), ("int4", 0.4)])
+@pytest.mark.parametrize("name", TYPES)
+def test_a_quantised_cache_changes_little(name, precision, error):
+    model = create_model(name, **CHECK_SHAPE).double().eval()
+    ids = torch.randint(61, (2, 30))
+    with torch.no_grad():
+        plain, read = model(ids).logits, model(ids, past_key_values=model.make_cache(precision)).logits
+        torch.testing.assert_close(read, plain, rtol=0, atol=error * float(plain.std()) + 1e-12)
+        assert torch.equal(model.token_losses(ids, "model"), model.token_losses(ids))
+
+
+@pytest.mark.parametrize(
+    ("model", "bf16", "int8", "int4"),
+    [("pythia", 12288, 6528, 3456), ("gqa", 3072, 1632, 864), ("mqa", 1536, 816, 432)],
+)
+def test_bytes_of_a_token_at_the_shape_of_pythia_70m(model, bf16, int8, int4):
+    lm = create_model(model, vocab_size=64).bfloat16().eval()
+    for precision, expected in {"model": bf16, "int8": int8, "int4": int4}.items():
+        cache = lm.make_cache(precision)
+        with torch.no_grad():
+            lm(torch.randint(64, (1, 3)), past_key_values=cache)
+        assert cache_bytes(cache).used == 3 * expected
+
+
+def test_a_models_own_precision_is_made_saved_loaded_and_used(tmp_path):
+    model = create_model("pythia:cache_precision=int8", **CHECK_SHAPE).eval()
+    assert create_model("pythia", cache_precision="int8", **CHECK_SHAPE).config.cache_precision == "int8"
+    model.save_pretrained(tmp_path)
+    loaded, ids = load_model(tmp_path).eval(), torch.randint(61, (1, 9))
+    made = loaded.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert made.past_key_values.layers[0].tensors()["keys.codes"].dtype == torch.int8
+    with torch.no_grad():
+        losses = loaded.token_losses(ids)
+        assert torch.equal(losses, model.token_losses(ids, "int8"))
+        assert not torch.equal(losses, model.token_losses(ids, "model"))
+
+
+def test_what_a_quantised_cache_refuses():
+    with pytest.raises(UserError, match="unknown cache_precision 'int3': did you mean 'int8'"):
+        create_model("pythia", cache_precision="int3")
+    model = create_model("pythia", cache_precision="int4", **CHECK_SHAPE)
+    with pytest.raises(UserError, match="unknown cache_precision 'fp8'"):
+        model.make_cache("fp8")
+    with pytest.raises(ValueError, match="passes no gradient"):
+        model(torch.randint(61, (1, 4)), use_cache=True)
+    with torch.no_grad():
+        exported = model(torch.randint(61, (1, 4)), use_cache=True).past_key_values.export()
+    with pytest.raises(ValueError, match="precision 'model' cannot hold keys"):
+        model.make_cache("model").restore(exported)
