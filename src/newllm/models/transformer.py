@@ -14,6 +14,7 @@ from newllm.models.cache import LMCache, adopt
 from newllm.models.config import LMConfig
 from newllm.models.layers.base import Layer, create_layer
 from newllm.models.linear import Linear
+from newllm.models.reconstruction import Reconstruction
 from newllm.ops.loss import linear_cross_entropy
 
 
@@ -158,6 +159,10 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         hidden = self.hidden_states(input_ids, **inputs)[:, :-1]
         nats = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, input_ids[:, 1:].flatten(), "none")
         return nats.view(hidden.shape[:2])
+
+    def reconstruction(self) -> Reconstruction | None:
+        """The first phase of training, for a model with layers that have one."""
+        return Reconstruction(self) if any(layer.reconstruction_parameters() for layer in self.layers) else None  # type: ignore[operator]
 
 
 AutoConfig.register("newllm", LMConfig)

@@ -73,6 +73,14 @@ class Layer(nn.Module):
     def reset_parameters(self) -> None:
         """Initial values of bare parameters; Linear, Embedding and LayerNorm are initialised by the model."""
 
+    def reconstruction_parameters(self) -> list[nn.Parameter]:
+        """What is trained on `reconstruction_loss` before the language model is, and then frozen; mostly nothing."""
+        return []
+
+    def reconstruction_loss(self, x: Tensor) -> Tensor:
+        """What the first phase of training minimises, of every token of x (B, T, D): (B, T), in float32 at least."""
+        raise NotImplementedError
+
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
         """The naive twin of `forward` without state: the same weights, formulas instead of speed."""
         raise NotImplementedError

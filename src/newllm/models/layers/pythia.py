@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ class PythiaLayer(Layer):
         window: tokens a query sees, itself included (sliding-window attention, arXiv 1904.10509); None for all.
     """
 
-    variants = (
+    variants: ClassVar[tuple[dict[str, Any], ...]] = (
         {"num_kv_heads": 2, "window": 5},
         {"num_kv_heads": 1, "position": "alibi"},
         {"position": {"type": "alibi", "slopes": "geometric"}, "window": 1},
@@ -58,13 +58,18 @@ class PythiaLayer(Layer):
             raise UserError(f"num_kv_heads {num_kv_heads} is no divisor of num_heads {num_heads}")
         self.position = create_position(position)
         self._arguments |= {"num_kv_heads": num_kv_heads, "position": position_spec(self.position)}
-        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, hidden_size // num_heads
-        self.window = window
+        self.num_heads, self.num_kv_heads, self.window = num_heads, num_kv_heads, window
         self.norm_attention = nn.LayerNorm(hidden_size)
         self.norm_mlp = nn.LayerNorm(hidden_size)
-        self.qkv = Linear(hidden_size, (num_heads + 2 * num_kv_heads) * self.head_size)
-        self.out = Linear(hidden_size, hidden_size)
+        self._make_projections(hidden_size, hidden_size // num_heads, hidden_size // num_heads)
         self.mlp = MLP(hidden_size, intermediate_size)
+
+    def _make_projections(self, hidden_size: int, head_size: int, value_size: int) -> None:
+        """Queries, keys and values in one, and the output; head_size is d of queries and keys, value_size of values."""
+        self.head_size, self.value_size = head_size, value_size
+        self.widths = (self.num_heads + self.num_kv_heads) * head_size, self.num_kv_heads * value_size
+        self.qkv = Linear(hidden_size, sum(self.widths))
+        self.out = Linear(self.num_heads * value_size, hidden_size)
 
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: KeyValueState | None) -> Tensor:  # type: ignore[override]
         qk, v = self._project(x)
@@ -76,16 +81,16 @@ class PythiaLayer(Layer):
         return self._finish(x, mixed)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys together (B, H + Hk, T, d), as both are rotated, and values (B, Hk, T, d)."""
-        heads = self.qkv(self.norm_attention(x)).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-        return heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        """Queries and keys together (B, H + Hk, T, d), as both are rotated, and values (B, Hk, T, dv)."""
+        qk, v = self.qkv(self.norm_attention(x)).split(self.widths, dim=-1)
+        return into_heads(qk, self.head_size), into_heads(v, self.value_size)
 
     def _split(self, qk: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, H, T, d) and keys (B, Hk, T, d)."""
         return qk.split([self.num_heads, self.num_kv_heads], dim=1)
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Output projection of the mixed values (B, H, T, d), MLP, and the residual."""
+        """Output projection of the mixed values (B, H, T, dv), MLP, and the residual."""
         return x + self.out(mixed.transpose(1, 2).flatten(2)) + self.mlp(self.norm_mlp(x))
 
     def make_state(self) -> KeyValueState:
@@ -101,4 +106,9 @@ class PythiaLayer(Layer):
 
     def state_bytes(self, tokens: int, element_size: int) -> int:
         kept = tokens if self.window is None else min(tokens, self.window - 1)
-        return 2 * self.num_kv_heads * self.head_size * kept * element_size
+        return self.num_kv_heads * (self.head_size + self.value_size) * kept * element_size
+
+
+def into_heads(x: Tensor, size: int) -> Tensor:
+    """(B, T, N·size) to (B, N, T, size)."""
+    return x.unflatten(-1, (-1, size)).transpose(1, 2)
