@@ -48,9 +48,13 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Layer):
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Not in _init_weights, which transformers skips where a module has no parameters of its own: a layer may also
+        # want other initial values for its parts.
+        fresh = not getattr(module, "_is_hf_initialized", False)
+        super()._initialize_weights(module, is_custom_code)
+        loaded = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
+        if isinstance(module, Layer) and fresh and not loaded:
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:

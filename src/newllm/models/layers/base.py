@@ -71,7 +71,8 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Initial values of bare parameters; Linear, Embedding and LayerNorm are initialised by the model."""
+        """Initial values of bare parameters, through torch.nn.init; the model has already initialised every Linear,
+        Embedding and LayerNorm, whose values may be replaced here."""
 
     def reconstruction_parameters(self) -> list[nn.Parameter]:
         """What is trained on `reconstruction_loss` before the language model is, and then frozen; mostly nothing."""
