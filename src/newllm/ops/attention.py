@@ -88,7 +88,8 @@ def _sdpa(
     dtype, d, dv = q.dtype, q.shape[3], v.shape[3]
     if d != dv:
         # The fused kernel wants one width; without it all scores would be in memory at once. Zeros change nothing.
-        q, k, v = (F.pad(x, (0, max(d, dv) - x.shape[3])) for x in (q, k, v))
+        width = max(d, dv)
+        q, k, v = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
         scale = d**-0.5 if scale is None else scale
         return _sdpa(q, k, v, scale, attn_mask=attn_mask, is_causal=is_causal)[..., :dv]
     if attn_mask is not None and q.device.type != "cpu":

@@ -134,8 +134,9 @@ class MLALayer(Layer):
 
     def _materialised(self, q: Tensor, q_rope: Tensor | None, cached: Tensor, mask: Tensor | None) -> Tensor:
         """Keys and values of all S tokens from what is cached (B, 1, S, r + p), then ordinary attention: (B, T, D)."""
-        expanded = self.expand(cached[:, 0, :, : self.kv_dim]).unflatten(-1, (2 * self.num_heads, self.head_size))
-        k, v = expanded.transpose(1, 2).chunk(2, dim=1)  # (B, H, S, d)
+        # Split while heads are still side by side: backward then joins the gradients in one copy.
+        k, v = self.expand(cached[:, 0, :, : self.kv_dim]).chunk(2, dim=-1)
+        k, v = (heads.unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2) for heads in (k, v))
         q = q.transpose(1, 2)
         if q_rope is not None:
             q = torch.cat([q, q_rope], dim=-1)
