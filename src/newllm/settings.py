@@ -104,6 +104,11 @@ class TrainingSettings:
     """Windows in a micro-batch."""
     gradient_accumulation: int = 1
     """Micro-batches in an optimizer step."""
+    reconstruction_lr: float = 1e-3
+    """Peak learning rate of the first phase, for models that have one (v_dproj with restore=two_phase)."""
+    reconstruction_epochs: float = 10
+    """Passes of the first phase over the samples, with a validation loss after each; fewer where --max-tokens or
+    --patience ends it."""
     precision: Precision = "auto"
     """'auto' is bf16 autocast where the device computes it natively, else float32."""
     device: str = "auto"
@@ -116,6 +121,9 @@ class TrainingSettings:
     """A checkpoint is written at least this often, and at every evaluation: an interrupted run loses little."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Extra loggers of the Hugging Face Trainer."""
+
+
+FIRST_PHASE = ("reconstruction_lr", "reconstruction_epochs")
 
 
 @dataclass(kw_only=True)
@@ -193,6 +201,8 @@ class RunSettings(CommonSettings):
             # eval_tokens and eval_batch_size also shape the validation loss that chooses the checkpoint.
             after = {field.name for field in dataclasses.fields(EvaluationSettings)}
             left_out |= after - {"eval_tokens", "eval_batch_size"}
+        # Most models have no first phase: what belongs to one counts only where it is set.
+        left_out |= {key for key in FIRST_PHASE if getattr(self, key) == getattr(TrainingSettings, key)}
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         if self.plugin is not None:
             values["plugin"] = hashlib.sha256(Path(self.plugin).read_bytes()).hexdigest()
@@ -234,7 +244,7 @@ def resolve(settings: S) -> S:
 POSITIVE = (
     *("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "lr", "batch_size"),
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
-    *("eval_batch_size", "sliding_stride", "jobs"),
+    *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE),
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it.
 AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}

@@ -13,8 +13,9 @@ import pytest
 
 from newllm.cli import main
 from newllm.data.corpora import open_corpus
+from newllm.models.reconstruction import Reconstruction
 from newllm.settings import DataSettings
-from newllm.training import trainer
+from newllm.training import run, trainer
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,19 @@ def flags(tmp_path_factory):
     shape = "--hidden-size 32 --num-layers 2 --num-heads 2 --intermediate-size 64 --vocab-size 300 --seq-length 32"
     budget = f"--batch-size 4 --max-tokens {120 * 4 * 32} --evaluations 5 --checkpoint-minutes 0 --threads 1"
     return [*shape.split(), *budget.split(), "--data", str(folder / "play.txt"), "--cache-dir", str(folder / "cache")]
+
+
+@pytest.fixture(scope="module")
+def two_phase_flags(flags):
+    """The same with a phase before the language model's, and a shorter budget for each of them."""
+    return [*flags, "--model", "v_dproj_restore_two_phase", "--max-tokens", str(30 * 4 * 32)]
+
+
+@pytest.fixture(scope="module")
+def two_phases_uninterrupted(two_phase_flags, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "two"
+    assert main(["train", *two_phase_flags, "--out", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +63,15 @@ def start(flags, folder, prepare=lambda: None):
 
 def outcome(folder):
     """Everything a finished run leaves that does not depend on the clock."""
-    result = json.loads((folder / "result.json").read_text())["training"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for record in (result, *lines):
+    result = json.loads((folder / "result.json").read_text())
+    phases = [result[phase] for phase in ("reconstruction", "training") if phase in result]
+    files = sorted(folder.rglob("metrics.jsonl"))
+    assert len(files) == len(phases)
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    for record in (*phases, *lines):
         record.pop("seconds")
         record.pop("tokens_per_second", None)
-    return result, lines, (folder / "model" / "model.safetensors").read_bytes()
+    return phases, lines, (folder / "model" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -79,11 +96,11 @@ def die(*arguments, **options):
 def test_killed_at_the_worst_moments(flags, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     moments = [
-        (trainer, "claim_run_folder", []),  # before anything
+        (run, "claim_run_folder", []),  # before anything
         (trainer.LMTrainer, "_save_rng_state", ["checkpoint-1.incomplete"]),  # in the middle of the first checkpoint
         (trainer, "remove_except", ["checkpoint-1"]),  # just after it became complete
-        (trainer, "read_state", ["checkpoint-1"]),  # when it is about to continue
-        (trainer, "TrainResult", ["checkpoint-120", "model"]),  # between the model and its result.json
+        (run, "read_state", ["checkpoint-1"]),  # when it is about to continue
+        (run, "write_result", ["checkpoint-120", "model"]),  # between the model and its result.json
     ]
     for where, name, left in moments:
         process = start(flags, folder, lambda where=where, name=name: setattr(where, name, die))
@@ -95,6 +112,46 @@ def test_killed_at_the_worst_moments(flags, uninterrupted, tmp_path):
     process.join(120)
     assert outcome(folder) == outcome(uninterrupted)
     assert sorted(os.listdir(folder)) == ["config.yaml", "metrics.jsonl", "model", "result.json"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_two_phases_killed_at_random_moments(two_phase_flags, two_phases_uninterrupted, tmp_path, seed):
+    rng = random.Random(seed)
+    folder = tmp_path / "run"
+    for kill in (True, True, True, True, False):
+        process = start(two_phase_flags, folder)
+        if kill:
+            time.sleep(rng.uniform(0.05, 1.0))
+            os.kill(process.pid, signal.SIGKILL)
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL)
+    assert outcome(folder) == outcome(two_phases_uninterrupted)
+
+
+def test_two_phases_killed_at_the_worst_moments(two_phase_flags, two_phases_uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    first = "reconstruction"
+    moments = [
+        (trainer.LMTrainer, "_save_rng_state", [f"{first}/checkpoint-1.incomplete"]),  # in the first phase
+        (trainer, "remove_except", [f"{first}/checkpoint-1"]),  # at its first complete checkpoint
+        (run, "read_state", [f"{first}/checkpoint-1"]),  # when it is about to continue
+        (run, "TrainResult", [f"{first}/checkpoint-30"]),  # at its end
+        (Reconstruction, "freeze", [f"{first}/checkpoint-30"]),  # between the phases
+        (trainer.LMTrainer, "_save_rng_state", [f"{first}/checkpoint-30", "checkpoint-1.incomplete"]),  # in the second
+        (trainer, "remove_except", [f"{first}/checkpoint-30", "checkpoint-1"]),
+        (run, "write_result", [f"{first}/checkpoint-30", "checkpoint-30", "model"]),  # before result.json is written
+        (run, "remove_except", [f"{first}/checkpoint-30", "checkpoint-30", "model"]),  # and just after
+    ]
+    for where, name, left in moments:
+        process = start(two_phase_flags, folder, lambda where=where, name=name: setattr(where, name, die))
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        assert [path for path in left if not (folder / path).is_dir()] == []
+    process = start(two_phase_flags, folder)
+    process.join(120)
+    assert outcome(folder) == outcome(two_phases_uninterrupted)
+    assert sorted(os.listdir(folder)) == ["config.yaml", "metrics.jsonl", "model", "reconstruction", "result.json"]
+    assert os.listdir(folder / first) == ["metrics.jsonl"]
 
 
 def test_a_new_process_computes_the_same(flags, uninterrupted, tmp_path):

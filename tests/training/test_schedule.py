@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from newllm.settings import RunSettings, resolve
 from newllm.training.callbacks import LONGEST_LOG_WINDOW, Schedule, evaluations_without_progress, out_of_patience
-from newllm.training.trainer import RunSampler, total_steps
+from newllm.training.run import total_steps
+from newllm.training.trainer import RunSampler
 
 
 def settings(**changes):

@@ -89,7 +89,7 @@ class RunLine:
         self.display.say(f"{self.label}: {text}")
 
     def __call__(self, progress: TrainProgress) -> None:
-        figures = f"step {progress.step:,}/{progress.total_steps:,}"
+        figures = f"{progress.phase + ' ' if progress.phase else ''}step {progress.step:,}/{progress.total_steps:,}"
         if progress.loss is not None:
             figures += f"  loss {progress.loss:.3f}"
         if progress.val_loss is not None:

@@ -18,8 +18,8 @@ from newllm.evaluation.perplexity import evaluate, perplexity
 from newllm.models import TransformerLM, load_model
 from newllm.models.layers.base import create_layer
 from newllm.settings import RunSettings
-from newllm.training import autocast, resolve_device, resolve_precision
-from newllm.training.trainer import TrainResult
+from newllm.training import TrainResult, autocast, resolve_device, resolve_precision
+from newllm.training.checkpoints import read_result
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
@@ -49,6 +49,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "seconds": training.seconds,
         "stopped_early": training.stopped_early,
         "best_step": training.best_step,
+        "reconstruction": read_result(folder).get("reconstruction"),
         "val_loss": training.best_val_loss,
         "val_ppl": perplexity(training.best_val_loss),
         "bits_per_byte": training.best_val_loss / math.log(2) * len(validation.ids) / validation.num_bytes,

@@ -2,7 +2,7 @@
 
 from newllm.training.callbacks import TrainProgress
 from newllm.training.devices import autocast, machine_info, resolve_device, resolve_precision, set_threads
-from newllm.training.trainer import TrainResult, check_loggers, new_model, train
+from newllm.training.run import TrainResult, check_loggers, new_model, train
 
 __all__ = [
     "TrainProgress",

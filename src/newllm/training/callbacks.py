@@ -27,11 +27,13 @@ class TrainProgress:
 
     model: str
     seed: int
+    phase: str
+    """Empty, or the name of the phase before the language model's."""
     step: int
     total_steps: int
     tokens: int
     loss: float | None
-    """Training loss in nats per token, mean over the last log window."""
+    """Training loss, mean over the last log window: in nats per token, or what the phase minimises."""
     val_loss: float | None
     tokens_per_second: float
     """Of this process, evaluations and checkpoints included."""
@@ -76,8 +78,8 @@ class FlowCallback(TrainerCallback):
     nothing of it to save, and a resumed run logs exactly what an uninterrupted one does.
     """
 
-    def __init__(self, settings: RunSettings, schedule: Schedule, precision: str) -> None:
-        self.settings, self.schedule, self.precision = settings, schedule, precision
+    def __init__(self, settings: RunSettings, schedule: Schedule, precision: str, phase: str) -> None:
+        self.settings, self.schedule, self.precision, self.phase = settings, schedule, precision, phase
         self.interrupted = False
         self.last_save = time.monotonic()
 
@@ -96,9 +98,10 @@ class FlowCallback(TrainerCallback):
         entry = state.log_history[-1]
         for key, what in (("loss", "training loss"), ("eval_loss", "validation loss")):
             if key in entry and not math.isfinite(entry[key]):
+                during, flag = (f" of the {self.phase}", f"--{self.phase}-lr") if self.phase else ("", "--lr")
                 raise UserError(
-                    f"{self.settings.model}: the {what} is {entry[key]} at step {state.global_step} "
-                    f"(lr {self.settings.lr:g}, {self.precision}): try a lower --lr, a longer --warmup-ratio "
+                    f"{self.settings.model}: the {what}{during} is {entry[key]} at step {state.global_step} "
+                    f"(lr {self.settings.lr:g}, {self.precision}): try a lower {flag}, a longer --warmup-ratio "
                     "or --precision float32; the last checkpoint is kept"
                 )
 
@@ -133,7 +136,9 @@ class FlowCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """metrics.jsonl: one JSON object a line, `train_loss` or `val_loss` in nats per token, by step.
+    """metrics.jsonl: one JSON object a line, `train_loss` or `val_loss` by step, in nats per token.
+
+    A first phase has a file of its own, in its own folder; its losses are what it minimises.
 
     A resumed run writes the file anew from the checkpoint's history, so no step is lost or there twice.
     """
@@ -170,9 +175,10 @@ class ProgressCallback(TrainerCallback):
         settings: RunSettings,
         schedule: Schedule,
         tokens_per_step: int,
+        phase: str,
         on_progress: Callable[[TrainProgress], None],
     ) -> None:
-        self.settings, self.schedule, self.tokens_per_step = settings, schedule, tokens_per_step
+        self.settings, self.schedule, self.tokens_per_step, self.phase = settings, schedule, tokens_per_step, phase
         self.on_progress = on_progress
         self.start, self.first_step = time.monotonic(), 0
 
@@ -189,6 +195,7 @@ class ProgressCallback(TrainerCallback):
             TrainProgress(
                 model=self.settings.model,
                 seed=self.settings.seed,
+                phase=self.phase,
                 step=state.global_step,
                 total_steps=self.schedule.total_steps,
                 tokens=state.global_step * self.tokens_per_step,

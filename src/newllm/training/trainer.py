@@ -1,4 +1,4 @@
-"""Training of one model: the Hugging Face Trainer, made exact to resume, in a run folder.
+"""The Hugging Face Trainer, made exact to resume.
 
 What is ours: one data order for the whole run, autocast and validation loss by the functions that evaluation uses too,
 checkpoints that are complete or not there, and the schedule of `callbacks.FlowCallback`. The rest is the Trainer's:
@@ -8,67 +8,30 @@ the step itself, clipping, accumulation, the optimizer's and the learning rate's
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch.utils.data import Dataset, Sampler
 from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from newllm.data.windows import WindowDataset
 from newllm.evaluation.perplexity import token_weighted_loss
-from newllm.models import TransformerLM, create_model
-from newllm.settings import CommonSettings, RunSettings, UserError
-from newllm.training.callbacks import (
-    FlowCallback,
-    MetricsCallback,
-    ProgressCallback,
-    Schedule,
-    TrainProgress,
-    out_of_patience,
-)
-from newllm.training.checkpoints import (
-    checkpoint_folder,
-    checkpoints,
-    claim_run_folder,
-    complete_folder,
-    explaining_full_disk,
-    lock,
-    remove_except,
-    write_result,
-)
-from newllm.training.devices import autocast, resolve_device, resolve_precision, set_threads
+from newllm.models import TransformerLM
+from newllm.models.reconstruction import Reconstruction
+from newllm.settings import RunSettings
+from newllm.training.callbacks import FlowCallback, Schedule
+from newllm.training.checkpoints import checkpoint_folder, complete_folder, remove_except
+from newllm.training.devices import autocast, resolve_device, resolve_precision
 
 if TYPE_CHECKING:
-    from newllm.data import PreparedData, TokenFile
+    from newllm.data import TokenFile
 
 
 WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished training run says about itself."""
-
-    tokens: int
-    """Training tokens seen, up to the last step."""
-    steps: int
-    seconds: float
-    """Wall time of all steps, evaluations and checkpoints, over every continuation of the run."""
-    best_val_loss: float
-    """Validation loss, in nats per token, of the weights kept in model/."""
-    best_step: int
-    tokens_per_second: float
-    """tokens / seconds: noisy; `newllm.evaluation.efficiency` measures the speed alone."""
-    stopped_early: bool
 
 
 class RunSampler(Sampler[int]):
@@ -94,16 +57,23 @@ class RunSampler(Sampler[int]):
 class LMTrainer(Trainer):
     """The Hugging Face Trainer with this project's data order, precision, validation loss and checkpoints."""
 
-    model: TransformerLM
+    model: TransformerLM | Reconstruction
 
     def __init__(
-        self, *, settings: RunSettings, schedule: Schedule, validation: TokenFile, tokens_per_step: int, **kwargs: Any
+        self,
+        *,
+        settings: RunSettings,
+        schedule: Schedule,
+        validation: TokenFile,
+        tokens_per_step: int,
+        phase: str,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.settings, self.schedule, self.validation = settings, schedule, validation
         self.tokens_per_step = tokens_per_step
         self.precision = resolve_precision(settings, self.args.device)
-        self.flow = FlowCallback(settings, schedule, self.precision)
+        self.flow = FlowCallback(settings, schedule, self.precision, phase)
         self.seconds_before, self.started = 0.0, time.monotonic()
         self.remove_callback(PrinterCallback)
         self.remove_callback(DefaultFlowCallback)
@@ -128,7 +98,7 @@ class LMTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The validation loss, by the same function as the final evaluation."""
-        metrics = {"eval_loss": token_weighted_loss(self.model, self.validation, self.settings)}
+        metrics = {"eval_loss": token_weighted_loss(self.model, self.validation, self.settings)}  # type: ignore[arg-type]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -170,20 +140,6 @@ def read_state(checkpoint: Path) -> TrainerState:
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
-def total_steps(settings: RunSettings, num_windows: int, samples_per_step: int) -> int:
-    """The budget in optimizer steps: never more than --max-tokens, else all of samples × epochs."""
-    if settings.max_tokens is not None:
-        return max(1, settings.max_tokens // (samples_per_step * settings.seq_length))  # type: ignore[operator]
-    return max(1, math.ceil(num_windows * (settings.epochs or 1) / samples_per_step))
-
-
-def check_loggers(settings: CommonSettings) -> None:
-    """Raises UserError for a logger of --report-to that is not installed."""
-    for name in settings.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report-to {name}: this package is not installed (pip install {name})")
-
-
 def training_arguments(settings: RunSettings, folder: Path, steps: int) -> TrainingArguments:
     device = resolve_device(settings)
     arguments = TrainingArguments(
@@ -214,97 +170,3 @@ def training_arguments(settings: RunSettings, folder: Path, steps: int) -> Train
     if arguments.parallel_mode.value == "not_distributed":
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one process on several GPUs: DataParallel would alter the batch
     return arguments
-
-
-def train(
-    settings: RunSettings,
-    data: PreparedData,
-    folder: Path,
-    on_progress: Callable[[TrainProgress], None] | None = None,
-) -> TrainResult:
-    """Trains settings.model on the training split, or continues where an interrupted call stopped.
-
-    folder receives config.yaml, metrics.jsonl, model/ (best weights by validation loss, tokenizer) and, in
-    result.json under "training", the returned result; a second call returns that. settings must be resolved.
-    Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
-    """
-    folder = folder.resolve()  # a folder that is moved aside may be the one we are in
-    with lock(folder), explaining_full_disk(folder):
-        result = claim_run_folder(folder, settings, data.fingerprint)
-        if "training" not in result:
-            result |= {"training": asdict(_train(settings, data, folder, on_progress))}
-            write_result(folder, result)
-        remove_except(folder, set())
-    return TrainResult(**result["training"])
-
-
-def _train(
-    settings: RunSettings,
-    data: PreparedData,
-    folder: Path,
-    on_progress: Callable[[TrainProgress], None] | None,
-) -> TrainResult:
-    transformers.utils.logging.disable_progress_bar()
-    set_threads(settings)
-    assert settings.seq_length is not None
-    windows = WindowDataset(data.splits["train"], settings.seq_length, settings.samples, settings.seed)
-    transformers.set_seed(settings.seed)
-    model = new_model(settings, data)
-    use_cache = model.config.use_cache
-
-    arguments = training_arguments(settings, folder, steps=1)
-    samples_per_step = arguments.train_batch_size * settings.gradient_accumulation * arguments.world_size
-    arguments.max_steps = total_steps(settings, len(windows), samples_per_step)
-    schedule = Schedule.of(arguments.max_steps, settings)
-    tokens_per_step = samples_per_step * settings.seq_length
-    trainer = LMTrainer(
-        settings=settings,
-        schedule=schedule,
-        validation=data.splits["validation"],
-        tokens_per_step=tokens_per_step,
-        model=model,
-        args=arguments,
-        train_dataset=windows,
-        callbacks=[MetricsCallback(folder / "metrics.jsonl")],
-    )
-    if on_progress is not None:
-        trainer.add_callback(ProgressCallback(settings, schedule, tokens_per_step, on_progress))
-
-    complete = checkpoints(folder)
-    newest = complete[-1] if complete else None
-    state = read_state(newest) if newest is not None else None
-    if state is None or not (state.global_step >= schedule.total_steps or out_of_patience(state.log_history, settings)):
-        state = trainer.run(newest)
-
-    model.config.use_cache = use_cache  # the Trainer turns it off
-    best = checkpoint_folder(folder, state.best_global_step)  # type: ignore[arg-type]
-    load_weights(model, best / WEIGHTS)
-    with complete_folder(folder / "model") as staging:
-        model.save_pretrained(staging)
-        data.tokenizer.save_pretrained(staging)
-    seconds = state.log_history[-1]["seconds"]
-    tokens = state.global_step * tokens_per_step
-    return TrainResult(
-        tokens=tokens,
-        steps=state.global_step,
-        seconds=seconds,
-        best_val_loss=state.best_metric,  # type: ignore[arg-type]
-        best_step=state.best_global_step,  # type: ignore[arg-type]
-        tokens_per_second=tokens / seconds,
-        stopped_early=state.global_step < schedule.total_steps,
-    )
-
-
-def new_model(settings: RunSettings, data: PreparedData) -> TransformerLM:
-    """The untrained model of a run, as large as the settings say, for the tokenizer of the data."""
-    model = create_model(
-        settings.model,
-        hidden_size=settings.hidden_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        intermediate_size=settings.intermediate_size,
-        vocab_size=len(data.tokenizer),
-    )
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = config.pad_token_id = data.tokenizer.eos_token_id
-    return model

@@ -191,6 +191,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("Text", _text(results)),
         ("Scored", _scored(results)),
         ("Budget", _budget(settings, results["rows"])),
+        ("First phase", _first_phases(results["rows"])),
         ("Shape", _shape(settings)),
         ("Seeds", f"{count(len(seeds), 'seed')}: {', '.join(map(str, seeds))}" if seeds else ""),
         ("Machine", _machine(machine)),
@@ -257,6 +258,12 @@ def _budget(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if settings.get("lr"):
         said.append(f"AdamW, peak learning rate {settings['lr']:g}")
     return "; ".join(said)
+
+
+def _first_phases(rows: list[dict[str, Any]]) -> str:
+    """What some models were trained on before the budget began."""
+    first = {row["model"]: row["reconstruction"] for row in rows if row.get("reconstruction")}
+    return "; ".join(f"{model}: reconstruction, {phase['tokens']:,} more tokens" for model, phase in first.items())
 
 
 def _shape(settings: dict[str, Any]) -> str:

@@ -10,5 +10,16 @@ for _module in pkgutil.iter_modules(__path__):
 
 from newllm.models.layers.mla import MLALayer  # noqa: E402
 from newllm.models.layers.pythia import PythiaLayer  # noqa: E402
+from newllm.models.layers.v_dproj import VDProjLayer  # noqa: E402
 
-__all__ = ["LAYER_TYPES", "MLP", "Layer", "MLALayer", "PythiaLayer", "create_layer", "layer_type", "register_layer"]
+__all__ = [
+    "LAYER_TYPES",
+    "MLP",
+    "Layer",
+    "MLALayer",
+    "PythiaLayer",
+    "VDProjLayer",
+    "create_layer",
+    "layer_type",
+    "register_layer",
+]
