@@ -1,4 +1,4 @@
-"""Decoding speed against Hugging Face's GPT-NeoX: the same as `newllm bench decode`."""
+"""Decoding speed against Hugging Face's models and the memory bandwidth: the same as `newllm bench decode`."""
 
 import sys
 

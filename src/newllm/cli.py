@@ -191,22 +191,36 @@ def bench_train(argv: list[str]) -> int:
         "newllm bench train",
         "newllm bench train --models pythia gqa --seq-lengths 512 --rounds 3",
     )
-    from newllm.evaluation.bench import TrainBench
+    from newllm.evaluation.bench_settings import TrainBench
 
     return _bench(parser, TrainBench, argv)
 
 
 def bench_decode(argv: list[str]) -> int:
-    """Decoding latency against Hugging Face's GPT-NeoX in the same shape."""
+    """Decoding latency against Hugging Face's models in the same shape, and against the memory bandwidth."""
     parser = _parser(
         "bench decode",
         bench_decode,
         "newllm bench decode",
-        "newllm bench decode --models pythia mqa --contexts 2048",
+        "newllm bench decode --models pythia mla mla:cache_precision=int8 --contexts 8192 --batch-sizes 1",
+        "newllm bench decode --models pythia --rivals gpt_neox --rounds 9 --all-precisions true",
     )
-    from newllm.evaluation.bench import DecodeBench
+    from newllm.evaluation.bench_settings import DecodeBench
 
     return _bench(parser, DecodeBench, argv)
+
+
+def bench_memory(argv: list[str]) -> int:
+    """Peak memory and cache bytes per token while decoding, beside Hugging Face's models in the same shape."""
+    parser = _parser(
+        "bench memory",
+        bench_memory,
+        "newllm bench memory",
+        "newllm bench memory --models pythia mla mla:cache_precision=int4 --contexts 32768",
+    )
+    from newllm.evaluation.bench_settings import MemoryBench
+
+    return _bench(parser, MemoryBench, argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -220,6 +234,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data show": data_show,
     "bench train": bench_train,
     "bench decode": bench_decode,
+    "bench memory": bench_memory,
 }
 
 

@@ -1,4 +1,4 @@
-"""Cache bytes from live tensors, and measurements in worker processes."""
+"""Cache bytes from live tensors, and measurements of trained models in worker processes."""
 
 import os
 import signal
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from newllm.evaluation import cache_bytes
-from newllm.evaluation.bench import BenchSettings, DecodeBench, TrainBench, bench_decode, bench_train
-from newllm.evaluation.efficiency import KEYS, Worker, WorkerError, cache_figures, measure_all
+from newllm.evaluation.efficiency import KEYS, cache_figures, measure_all
+from newllm.evaluation.processes import Worker, WorkerError
 from newllm.models import create_model
-from newllm.settings import RunSettings, UserError, resolve
+from newllm.settings import RunSettings, resolve
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "vocab_size": 96}
 
@@ -21,10 +21,6 @@ SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size"
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def quiet(_: str) -> None:
-    """No progress."""
 
 
 @given(tokens=st.integers(1, 40), rows=st.integers(1, 3), kv_heads=st.sampled_from([1, 2, 4]))
@@ -102,7 +98,7 @@ def test_a_dead_worker_is_one_clear_line():
         with pytest.raises(WorkerError, match=r"^gqa: build: unknown model 'gqua'"):
             worker.call("build", subject={"model": "gqua"}, device="cpu", threads=1)
         os.kill(worker.process.pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match=r"^gqa: train: the measuring process was killed, most likely") as error:
+        with pytest.raises(WorkerError, match=r"^gqa: train: the process was killed \(signal 9\): out of") as error:
             worker.call("train")
         assert "\n" not in str(error.value)
     finally:
@@ -113,35 +109,3 @@ def test_a_worker_ends_with_its_driver():
     worker = Worker("pythia")
     worker.process.stdin.close()
     assert worker.process.wait(timeout=60) == 0
-
-
-def test_benchmarks_compare_with_hugging_face():
-    small = {**SHAPE, "rounds": 2, "threads": 1, "vocab_size": 4096}
-    trained = bench_train(TrainBench(**small, seq_lengths=[8], batch_size=2, steps=1, precision="float32"), quiet)
-    theirs, ours = trained["cases"][0]["rows"]
-    assert (theirs["model"], ours["model"]) == ("gpt_neox", "pythia")
-    assert theirs["speed_ratio"] == theirs["memory_ratio"] == 1
-    assert ours["speed_ratio"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
-
-    decoded = bench_decode(DecodeBench(**small, contexts=[16], steps=2), quiet)
-    rows = decoded["cases"][0]["rows"]
-    assert [row["model"] for row in rows] == [
-        f"{m} {d}" for m in ("gpt_neox", "pythia") for d in ("bfloat16", "float32")
-    ]
-    assert max(row["speed_ratio"] for row in rows[:2]) == 1  # towards the better of the two
-
-
-@pytest.mark.parametrize(("change", "message"), [({"models": ["pithia"]}, "pythia"), ({"rounds": 0}, "at least 1")])
-def test_wrong_settings_are_told_before_anything_starts(change, message):
-    with pytest.raises(UserError, match=message):
-        bench_train(TrainBench(**change), quiet)
-
-
-def test_the_reference_has_the_shape_of_ours():
-    from newllm.evaluation.worker import build_model
-
-    settings = BenchSettings(**SHAPE)
-    sizes = {
-        sum(p.numel() for p in build_model(settings.subject(name, 64)).parameters()) for name in ("gpt_neox", "pythia")
-    }
-    assert len(sizes) == 1

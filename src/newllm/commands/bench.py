@@ -1,67 +1,124 @@
-"""`newllm bench train|decode`: measures, prints a table for people, then one JSON line for programs."""
+"""`newllm bench train|decode|memory`: measures, prints a table for people, then one JSON line for programs."""
 
 from __future__ import annotations
 
 import json
+import sys
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from newllm.evaluation.bench import DecodeBench, TrainBench, bench_decode, bench_train
-from newllm.evaluation.efficiency import WorkerError
+from newllm.evaluation.bench import bench_decode, bench_memory, bench_train
+from newllm.evaluation.bench_settings import DecodeBench, MemoryBench, TrainBench
+from newllm.evaluation.processes import WorkerError
 from newllm.settings import UserError
 
-TITLES = {"train": "training", "decode": "decoding, batch 1"}
+# Columns of the printed table where the output is no terminal that has a width of its own.
+TABLE_WIDTH = 100
+SHORT = {"bfloat16": "bf16", "float32": "f32"}
 
 
-def run(settings: TrainBench | DecodeBench) -> dict[str, Any]:
+def run(settings: TrainBench | DecodeBench | MemoryBench) -> dict[str, Any]:
     """Measures and prints.
 
     Raises:
         UserError: an unknown model, a value out of range, or a measuring process that died.
     """
-    console = Console(stderr=True)
     try:
-        with console.status("starting") as status:
-            if isinstance(settings, TrainBench):
-                result = bench_train(settings, status.update)
-            else:
-                result = bench_decode(settings, status.update)
+        with Console(stderr=True).status("starting") as status:
+            match settings:
+                case TrainBench():
+                    result = bench_train(settings, status.update)
+                case DecodeBench():
+                    result = bench_decode(settings, status.update)
+                case MemoryBench():
+                    result = bench_memory(settings, status.update)
     except WorkerError as error:
         raise UserError(str(error)) from error
-    Console().print(table(result))
+    Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(result))
     print(json.dumps(result))
     return result
 
 
 def table(result: dict[str, Any]) -> Table:
-    """One row for each case and model."""
-    machine = result["machine"]
-    title = f"{TITLES[result['benchmark']]}: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
-    train = result["benchmark"] == "train"
-    view = Table(
-        title=title, caption="ratio: medians, towards Hugging Face's GPT-NeoX in the same rounds (range over rounds)"
-    )
-    for name in ("batch", "model", "tokens/s", "peak memory") if train else ("context", "model", "ms/token", "prefill"):
-        view.add_column(name, justify="left" if name == "model" else "right")
-    view.add_column("speed ratio", justify="right")
-    if train:
-        view.add_column("memory ratio", justify="right")
+    """A section for each case, in it a row for each model."""
+    machine, settings = result["machine"], result["settings"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    references = result["references"]
+    cells: Callable[[dict[str, Any], list[str]], list[str]]
+    match result["benchmark"]:
+        case "train":
+            title = f"training, {result['precision']}"
+            columns = ["tokens/s", "peak GB", f"memory / {references[0]}"]
+            columns += [f"speed / {reference}" for reference in references]
+            caption = "Ratios: median and range over the rounds."
+            cells = _train_cells
+        case "decode":
+            references = references[: len(settings["rivals"])] or references
+            title = "decoding"
+            columns = ["type", "ms/step", "cache MB", "ceiling"] + [f"speed / {reference}" for reference in references]
+            caption = (
+                "A step decodes one token in each row. Ceiling: share of the memory bandwidth, "
+                f"{result['ceiling_bytes_per_second'] / 1e9:.1f} GB/s, at which it reads weights and cache. "
+                "Ratios: median and range over the rounds, towards each rival in its faster type."
+            )
+            cells = _decode_cells
+        case "memory":
+            title = f"memory while one row is decoded, {SHORT[settings['dtype']]}"
+            columns = ["cache bytes/token", "allocated bytes/token", "cache MB", "peak MB", "of it for the context"]
+            caption = "Peak: resident memory of the process."
+            cells = _memory_cells
+    view = Table(title=f"{title}: {where}", caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    view.add_column("model", overflow="fold", vertical="bottom")
+    for name in columns:
+        view.add_column(_narrow(name), justify="right", no_wrap=True, vertical="bottom")
     for case in result["cases"]:
+        view.add_row(f"[bold]{_heading(case)}[/bold]")
         for row in case["rows"]:
-            low, high = row["speed_ratio_range"]
-            ratio = f"{row['speed_ratio']:.2f} ({low:.2f}–{high:.2f})"
-            if train:
-                cells = [
-                    f"{case['batch_size']} × {case['seq_length']}",
-                    row["model"],
-                    f"{row['tokens_per_second']:,.0f}",
-                ]
-                cells += [f"{row['peak_bytes'] / 1e9:.2f} GB", ratio, f"{row['memory_ratio']:.2f}"]
-            else:
-                cells = [f"{case['context']:,}", row["model"], f"{row['ms_per_token']:.2f}"]
-                cells += [f"{row['prefill_ms'] / 1000:.1f} s", ratio]
-            view.add_row(*cells)
+            if row.get("best", True) or settings["all_precisions"]:
+                view.add_row(row["model"], *cells(row, references))
         view.add_section()
     return view
+
+
+def _heading(case: dict[str, Any]) -> str:
+    if "seq_length" in case:
+        return f"{case['batch_size']} × {case['seq_length']:,} tokens"
+    rows = f"batch {case['batch_size']}, " if "batch_size" in case else ""
+    return f"{rows}{case['context']:,} tokens"
+
+
+def _train_cells(row: dict[str, Any], references: list[str]) -> list[str]:
+    cells = [f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+    return [*cells, _short(row["memory_ratios"][references[0]]), *(_ratio(row, name) for name in references)]
+
+
+def _decode_cells(row: dict[str, Any], references: list[str]) -> list[str]:
+    """The range over rounds is there for the first reference only, or the table would be too wide."""
+    cells = [SHORT[row["dtype"]], f"{row['ms_per_step']:.2f}", f"{row['cache_bytes'] / 1e6:,.1f}"]
+    ratios = [_short(row["speed_ratios"][name]["ratio"]) for name in references[1:]]
+    return [*cells, f"{row['ceiling_share']:.0%}", _ratio(row, references[0]), *ratios]
+
+
+def _memory_cells(row: dict[str, Any], _: list[str]) -> list[str]:
+    bytes_per_token = [row["cache_bytes_per_token"], row["cache_bytes_allocated_per_token"]]
+    megabytes = [row["cache_bytes"], row["peak_bytes"], row["peak_bytes"] - row["resident_bytes"]]
+    return [f"{x:,.0f}" for x in bytes_per_token] + [f"{x / 1e6:,.1f}" for x in megabytes]
+
+
+def _ratio(row: dict[str, Any], reference: str) -> str:
+    ratio = row["speed_ratios"][reference]
+    return f"{_short(ratio['ratio'])} ({'–'.join(map(_short, ratio['range']))})"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+
+
+def _narrow(heading: str) -> str:
+    """In lines of at most eleven characters where its words allow."""
+    return textwrap.fill(heading.replace("_", " "), 11, break_long_words=False)

@@ -80,6 +80,8 @@ class Parser(jsonargparse.ArgumentParser):
         scaled = {key for name in scale_names() for key in load_scale(name)}
         group = self.add_argument_group(title, about)
         for f in chosen:
+            if f.name in self.names:  # a subclass declares it anew, with a default of its own
+                continue
             hint, default = hints[f.name], default_of(f)
             several = get_origin(hint) is list
             group.add_argument(

@@ -1,8 +1,9 @@
-"""This project's models against Hugging Face's GPT-NeoX in the same shape: training, and decoding one row.
+"""Models of this project against Hugging Face's in the same shape: training, decoding, memory while decoding.
 
-Each side is a process of its own (`worker.py`); they work in turn, round by round. A case is measured against the
-reference in the same round, so that the ratio of a round is a ratio under the same load; reported are medians over all
-repetitions, their ratio, and the lowest and highest ratio of a round.
+Each model is a process of its own (`worker.py`); they work in turn, round by round, and begin every turn with steps
+that are not counted: the first ones after another process has worked find cold caches. A ratio of a round is a ratio
+under the same load; reported are the median of all steps, and of the ratios of the rounds the median, the lowest and
+the highest.
 """
 
 from __future__ import annotations
@@ -11,161 +12,145 @@ import contextlib
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from newllm.evaluation.efficiency import Worker
-from newllm.settings import DataSettings, Precision, RunSettings, UserError, resolve
+from newllm.evaluation.bench_settings import BenchSettings, DecodeBench, MemoryBench, TrainBench
+from newllm.evaluation.processes import Worker
+from newllm.settings import DataSettings, Precision, RunSettings, resolve
 
-REFERENCE = "gpt_neox"
-
-
-@dataclass(kw_only=True)
-class BenchSettings:
-    """What both benchmarks share; the default shape is Pythia-70M's."""
-
-    models: list[str] = field(default_factory=lambda: ["pythia"])
-    """Presets or layer types of this project to measure."""
-    hidden_size: int = 512
-    """Width D of the residual stream."""
-    num_layers: int = 6
-    """Number of layers."""
-    num_heads: int = 8
-    """Number of attention heads."""
-    intermediate_size: int = 2048
-    """Width of the MLP."""
-    vocab_size: int = 50304
-    """Words of the vocabulary."""
-    rounds: int = 5
-    """Rounds; in each, every model works once."""
-    threads: int | None = None
-    """CPU threads; None leaves torch's choice."""
-    device: str = "auto"
-    """'auto' is cuda where there is one, else cpu."""
-
-    def subject(self, model: str, max_positions: int) -> dict[str, Any]:
-        """What `worker.build_model` needs to build a model in this shape."""
-        names = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
-        subject = {"model": model} | {name: getattr(self, name) for name in names}
-        return subject | {"max_positions": max_positions} if model == REFERENCE else subject
+Progress = Callable[[str], None]
+Row = dict[str, Any]
+DTYPES = ("bfloat16", "float32")
 
 
-@dataclass(kw_only=True)
-class TrainBench(BenchSettings):
-    """`newllm bench train`."""
-
-    batch_size: int = 8
-    """Windows in a batch."""
-    seq_lengths: list[int] = field(default_factory=lambda: [128, 512])
-    """Tokens of a window; one case for each."""
-    steps: int = 2
-    """Training steps of a model in a round."""
-    precision: Precision = "auto"
-    """'auto' is bf16 autocast where the device computes it natively, else float32."""
-
-
-@dataclass(kw_only=True)
-class DecodeBench(BenchSettings):
-    """`newllm bench decode`."""
-
-    contexts: list[int] = field(default_factory=lambda: [2048, 8192])
-    """Tokens in the cache when decoding begins; one case for each."""
-    steps: int = 20
-    """Tokens a model decodes in a round."""
-    prefill_chunk: int = 512
-    """Tokens read at once when the cache is filled, which bounds the memory of the attention scores."""
-
-
-def bench_train(settings: TrainBench, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Full training steps of every model and the reference.
+def bench_train(settings: TrainBench, progress: Progress) -> dict[str, Any]:
+    """Full training steps of every model and rival.
 
     Returns:
-        {"machine", "settings", "cases": [{"batch_size", "seq_length", "rows": [row …]}]}; a row has model,
-        tokens_per_second, peak_bytes, and towards the reference speed_ratio, speed_ratio_range, memory_ratio.
+        {"benchmark", "precision", "machine", "settings", "references", "cases": [{"batch_size", "seq_length",
+        "rows"}]}. A row has model, seconds of a step, tokens_per_second, peak_bytes, and towards each reference (the
+        rivals and the first model) speed_ratios and memory_ratios, see `_compare`.
     """
+    settings.check()
     device, precision = _device_and_precision(settings, settings.precision)
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         ids = _text_ids(Path(folder), settings.vocab_size, progress)
         for length in settings.seq_lengths:
             label = f"train {settings.batch_size} × {length}"
-            step: dict[str, Any] = {
-                "batch_size": settings.batch_size,
-                "seq_length": length,
-                "precision": precision,
-                "ids": ids,
-            }
+            work: dict[str, Any] = {"batch_size": settings.batch_size, "seq_length": length, "precision": precision}
+            work |= {"ids": ids, "warmup": settings.warmup, "steps": settings.steps}
             with contextlib.ExitStack() as stack:
                 progress(f"{label}: starting")
-                models = [REFERENCE, *settings.models]
-                workers = _start(stack, settings, models, models, length, device)
-                for worker in workers:
-                    worker.call("train", **step)  # allocates what later steps reuse
-                step["steps"] = settings.steps
-                answers = _in_turn(workers, settings.rounds, progress, label, "train", **step)
-            rows = _rows(workers, [[answer["seconds"] for answer in per_round] for per_round in answers])
-            for row, per_round in zip(rows, answers, strict=True):
+                workers = _start(stack, settings, length, device)
+                rows: list[Row] = [{"model": worker.name, "rounds": []} for worker in workers]
+                for n in range(settings.rounds):
+                    for worker, row in zip(workers, rows, strict=True):
+                        progress(f"{label}: round {n + 1} of {settings.rounds}, {worker.name}")
+                        answer = worker.call("train", **work)
+                        row["rounds"].append(answer["seconds"])
+                        row["peak_bytes"] = answer["peak_bytes"]
+            _compare(rows, settings)
+            for row in rows:
                 row["tokens_per_second"] = settings.batch_size * length / row["seconds"]
-                row["peak_bytes"] = per_round[-1]["peak_bytes"]
-                row["memory_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
+                row["memory_ratios"] = {
+                    reference["model"]: row["peak_bytes"] / reference["peak_bytes"]
+                    for reference in _references(rows, settings)
+                }
             cases.append({"batch_size": settings.batch_size, "seq_length": length, "rows": rows})
-    return {"benchmark": "train", "precision": precision} | _described(settings, cases)
+    return {"benchmark": "train", "precision": precision} | _described(settings) | {"cases": cases}
 
 
-def bench_decode(settings: DecodeBench, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Milliseconds a token, batch 1, of every model and the reference, each in bf16 and in float32.
+def bench_decode(settings: DecodeBench, progress: Progress) -> dict[str, Any]:
+    """Milliseconds of a step that decodes one token in each row, every model and rival in bf16 and in float32.
 
-    Both caches are filled by reading random tokens. Speed ratios are towards the reference in the better of its two
-    precisions in that case.
+    A turn fills the cache anew and drops it, so that only one is in memory at a time. The memory bandwidth is measured
+    in every round too, by reading a large buffer; the best of the whole run is the ceiling.
+
+    Returns:
+        {"benchmark", "machine", "settings", "references", "ceiling_bytes_per_second", "cases": [{"batch_size",
+        "context", "rows"}]}. A row is a model in a dtype, `best` if it is the faster of the model's two, with
+        ms_per_step, tokens_per_second, weight_bytes and cache_bytes, which a step must read, ceiling_share, the
+        bandwidth at which it reads them in units of the ceiling, and speed_ratios towards the references in their
+        best dtype.
     """
+    settings.check()
     device, _ = _device_and_precision(settings, "auto")
-    cases = []
-    for context in settings.contexts:
-        label = f"decode after {context:,} tokens"
-        longest = context + 2 + settings.rounds * settings.steps
-        with contextlib.ExitStack() as stack:
-            progress(f"{label}: starting")
-            models, dtypes = zip(
-                *itertools.product([REFERENCE, *settings.models], ["bfloat16", "float32"]), strict=True
-            )
-            names = [f"{model} {dtype}" for model, dtype in zip(models, dtypes, strict=True)]
-            workers = _start(stack, settings, names, models, longest, device)
-            prefills = []
-            for worker, dtype in zip(workers, dtypes, strict=True):
-                progress(f"{label}: {worker.name} fills its cache")
-                worker.call("infer", dtype=dtype)
-                prefills.append(worker.call("prefill", context=context, chunk=settings.prefill_chunk)["seconds"][0])
-                worker.call("decode", steps=2)  # makes the cache grow once
-            answers = _in_turn(workers, settings.rounds, progress, label, "decode", steps=settings.steps)
-        seconds = [[answer["seconds"] for answer in per_round] for per_round in answers]
-        better = min((0, 1), key=lambda n: _median(seconds[n]))  # the reference in its two precisions comes first
-        rows = _rows(workers, seconds, reference=better)
-        for row, dtype, prefill in zip(rows, dtypes, prefills, strict=True):
-            row |= {"dtype": dtype, "ms_per_token": 1000 * row["seconds"], "prefill_ms": 1000 * prefill}
-        cases.append({"context": context, "reference": rows[better]["model"], "rows": rows})
-    return {"benchmark": "decode"} | _described(settings, cases)
+    cases: list[dict[str, Any]] = []
+    ceilings: list[float] = []
+    with contextlib.ExitStack() as stack:
+        progress("decode: starting")
+        workers = _start(stack, settings, max(settings.contexts) + settings.warmup + settings.steps, device)
+        reader = Worker("memory bandwidth")
+        stack.callback(reader.close)
+        read = {"device": device, "threads": settings.threads, "megabytes": settings.ceiling_megabytes}
+        for batch_size, context in itertools.product(settings.batch_sizes, settings.contexts):
+            work: dict[str, Any] = {"rows": batch_size, "context": context, "chunk": settings.fill_chunk}
+            work |= {"warmup": settings.warmup, "steps": settings.steps, "seconds": settings.seconds}
+            turns = list(itertools.product(workers, DTYPES))
+            rows: list[Row] = [{"model": worker.name, "dtype": dtype, "rounds": []} for worker, dtype in turns]
+            for n in range(settings.rounds):
+                label = f"decode {batch_size} × {context:,}: round {n + 1} of {settings.rounds}"
+                progress(f"{label}, memory bandwidth")
+                ceilings.append(reader.call("bandwidth", seconds=settings.seconds, **read)["bytes_per_second"])
+                for (worker, dtype), row in zip(turns, rows, strict=True):
+                    progress(f"{label}, {worker.name} {dtype}")
+                    answer = worker.call("decode_filled", dtype=dtype, **work)
+                    row["rounds"].append(answer.pop("seconds"))
+                    row |= answer
+            _compare(rows, settings)
+            cases.append({"batch_size": batch_size, "context": context, "rows": rows})
+    for case in cases:
+        for row in case["rows"]:
+            bandwidth = (row["weight_bytes"] + row["cache_bytes"]) / row["seconds"]
+            row["ms_per_step"] = 1000 * row["seconds"]
+            row["tokens_per_second"] = case["batch_size"] / row["seconds"]
+            row["ceiling_share"] = bandwidth / max(ceilings)
+    ceiling = {"ceiling_bytes_per_second": max(ceilings), "ceiling_rounds": ceilings}
+    return {"benchmark": "decode"} | _described(settings) | ceiling | {"cases": cases}
+
+
+def bench_memory(settings: MemoryBench, progress: Progress) -> dict[str, Any]:
+    """Memory while one row is decoded up to each context, every model and rival in turn and alone on the machine.
+
+    Returns:
+        {"benchmark", "machine", "settings", "references", "cases": [{"context", "rows"}]}. A row has model,
+        cache_bytes and cache_bytes_allocated (`cache_bytes` of the live cache), both also _per_token, resident_bytes
+        with the weights before there is a cache, and peak_bytes while decoding.
+    """
+    settings.check()
+    device, _ = _device_and_precision(settings, "auto")
+    cases: list[dict[str, Any]] = [{"context": context, "rows": []} for context in sorted(settings.contexts)]
+    for subject in settings.subjects(max(settings.contexts)):
+        with contextlib.closing(Worker(_name(subject))) as worker:
+            progress(f"memory: starting {worker.name}")
+            worker.call("build", subject=subject, device=device, threads=settings.threads)
+            for case in cases:
+                context = case["context"]
+                progress(f"memory after {context:,} tokens: {worker.name}")
+                work = {"dtype": settings.dtype, "chunk": settings.fill_chunk, "steps": settings.steps}
+                answer = worker.call("decode_memory", context=context, **work)
+                row = {"model": worker.name}
+                for name, number in (("", answer.pop("used")), ("_allocated", answer.pop("allocated"))):
+                    row |= {f"cache_bytes{name}": number, f"cache_bytes{name}_per_token": number / context}
+                case["rows"].append(row | answer)
+    return {"benchmark": "memory"} | _described(settings) | {"cases": cases}
 
 
 def _device_and_precision(settings: BenchSettings, precision: Precision) -> tuple[str, str]:
-    from newllm.models import check_model_spec
     from newllm.training.devices import resolve_device, resolve_precision
 
-    for model in settings.models:
-        subject = settings.subject(model, 0)
-        check_model_spec(subject.pop("model"), **subject)
-    for name, value in asdict(settings).items():
-        if any(isinstance(number, int) and number < 1 for number in (value if isinstance(value, list) else [value])):
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     run = RunSettings(device=settings.device, precision=precision)
     device = resolve_device(run)
     return device.type, resolve_precision(run, device)
 
 
-def _text_ids(folder: Path, vocab_size: int, progress: Callable[[str], None]) -> str:
+def _text_ids(folder: Path, vocab_size: int, progress: Progress) -> str:
     """Token ids of the embedded corpus, in a file for the workers."""
     from newllm.data import prepare
 
@@ -175,65 +160,56 @@ def _text_ids(folder: Path, vocab_size: int, progress: Callable[[str], None]) ->
     return str(folder / "ids.npy")
 
 
-def _start(
-    stack: contextlib.ExitStack,
-    settings: BenchSettings,
-    names: Sequence[str],
-    models: Sequence[str],
-    max_positions: int,
-    device: str,
-) -> list[Worker]:
-    """A worker for each name, with its model built; they end with the stack."""
+def _name(subject: dict[str, Any]) -> str:
+    return subject.get("rival") or subject["model"]
+
+
+def _start(stack: contextlib.ExitStack, settings: BenchSettings, max_positions: int, device: str) -> list[Worker]:
+    """A worker for each rival and model, with its model built; they end with the stack."""
+    subjects = settings.subjects(max_positions)
     workers = []
-    for name in names:  # all start before the first builds, so that their imports overlap
-        workers.append(Worker(name))
+    for subject in subjects:  # all start before the first builds, so that their imports overlap
+        workers.append(Worker(_name(subject)))
         stack.callback(workers[-1].close)
-    for worker, model in zip(workers, models, strict=True):
-        worker.call("build", subject=settings.subject(model, max_positions), device=device, threads=settings.threads)
+    for worker, subject in zip(workers, subjects, strict=True):
+        worker.call("build", subject=subject, device=device, threads=settings.threads)
     return workers
 
 
-def _in_turn(
-    workers: list[Worker], rounds: int, progress: Callable[[str], None], label: str, command: str, **arguments: Any
-) -> list[list[dict[str, Any]]]:
-    """Answers of each worker, round by round; only one works at a time."""
-    answers: list[list[dict[str, Any]]] = [[] for _ in workers]
-    for n in range(rounds):
-        progress(f"{label}: round {n + 1} of {rounds}")
-        for worker, own in zip(workers, answers, strict=True):
-            own.append(worker.call(command, **arguments))
-    return answers
+def _compare(rows: list[Row], settings: BenchSettings) -> None:
+    """Turns `rounds`, the seconds of every step of every round, into what is reported.
 
-
-def _rows(workers: list[Worker], seconds: list[list[list[float]]], reference: int = 0) -> list[dict[str, Any]]:
-    """seconds[worker][round] → median, and speed relative to the reference."""
-    medians = [_median(per_round) for per_round in seconds]
-    rows = []
-    for worker, median, per_round in zip(workers, medians, seconds, strict=True):
-        ratios = [
-            statistics.median(theirs) / statistics.median(ours)
-            for theirs, ours in zip(seconds[reference], per_round, strict=True)
-        ]
-        ratio = medians[reference] / median
-        rows.append(
-            {
-                "model": worker.name,
-                "seconds": median,
-                "speed_ratio": ratio,
-                "speed_ratio_range": [min(ratios), max(ratios)],
+    seconds is the median of all steps, round_seconds that of each round; best marks the fastest row of each model;
+    speed_ratios has for each reference the ratio of its median to ours within one round: {"ratio": median over the
+    rounds, "range": [lowest, highest]}.
+    """
+    for row in rows:
+        rounds = row.pop("rounds")
+        row["seconds"] = statistics.median(itertools.chain.from_iterable(rounds))
+        row["round_seconds"] = [statistics.median(steps) for steps in rounds]
+    for row in rows:
+        row["best"] = row["seconds"] == min(other["seconds"] for other in rows if other["model"] == row["model"])
+    for row in rows:
+        row["speed_ratios"] = {}
+        for reference in _references(rows, settings):
+            rounds = zip(reference["round_seconds"], row["round_seconds"], strict=True)
+            ratios = [theirs / ours for theirs, ours in rounds]
+            row["speed_ratios"][reference["model"]] = {
+                "ratio": statistics.median(ratios),
+                "range": [min(ratios), max(ratios)],
             }
-        )
-    return rows
 
 
-def _median(per_round: list[list[float]]) -> float:
-    return statistics.median(itertools.chain.from_iterable(per_round))
+def _references(rows: list[Row], settings: BenchSettings) -> list[Row]:
+    """The best rows of the rivals and of the first model."""
+    names = (*settings.rivals, settings.models[0])
+    return [next(row for row in rows if row["model"] == name and row["best"]) for name in names]
 
 
-def _described(settings: BenchSettings, cases: list[dict[str, Any]]) -> dict[str, Any]:
+def _described(settings: BenchSettings) -> dict[str, Any]:
     from newllm.training.devices import machine_info
 
     machine = machine_info()
     if settings.threads is not None:
         machine["threads"] = settings.threads
-    return {"machine": machine, "settings": asdict(settings), "cases": cases}
+    return {"machine": machine, "settings": asdict(settings), "references": [*settings.rivals, settings.models[0]]}

@@ -7,19 +7,14 @@ read and costs nothing (torch's threads sleep a few milliseconds after their las
 
 from __future__ import annotations
 
-import contextlib
-import json
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from newllm.evaluation.processes import Worker, WorkerError
 from newllm.settings import CommonSettings
 
 ROUNDS = 3
@@ -38,54 +33,6 @@ KEYS = (
     "decode_dtype",
     "efficiency_error",
 )
-
-
-class WorkerError(RuntimeError):
-    """A worker failed or died: one line that says what happened."""
-
-
-class Worker:
-    """Driver's end of a worker process; `call` runs one command and waits for its answer."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "newllm.evaluation.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-
-    def call(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Raises WorkerError with one line if the command fails or the process dies."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps({"do": command, **arguments}), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise WorkerError(f"{self.name}: {command}: {self._cause_of_death()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(f"{self.name}: {command}: {answer['error']}")
-        return answer
-
-    def _cause_of_death(self) -> str:
-        code = self.process.wait()
-        if code == -signal.SIGKILL:
-            return "the measuring process was killed, most likely for want of memory"
-        if code < 0:
-            return f"the measuring process ended by signal {signal.Signals(-code).name}"
-        self.errors.seek(0)
-        said = self.errors.read().strip().splitlines()
-        return f"the measuring process ended with code {code}" + (f": {said[-1]}" if said else "")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
 
 
 def measure_all(folders: list[Path], settings: CommonSettings) -> list[dict[str, Any]]:
@@ -186,7 +133,7 @@ class Measurement:
             device=device.type,
             threads=self.settings.threads,
         )
-        self.result["peak_memory_bytes"] = self._train_slice(0)["peak_bytes"]
+        self.result["peak_memory_bytes"] = self._train_slice(0, warmup=0)["peak_bytes"]
 
     def train(self) -> None:
         answer = self._train_slice(self._slice("train"))
@@ -195,13 +142,15 @@ class Measurement:
         self.result["train_tokens_per_second"] = tokens / statistics.median(self.times["train"])
         self.result["peak_memory_bytes"] = answer["peak_bytes"]
 
-    def _train_slice(self, seconds: float) -> dict[str, Any]:
+    def _train_slice(self, seconds: float, warmup: int = 1) -> dict[str, Any]:
+        """The first step after another process has worked finds cold caches: it is not counted."""
         return self._call(
             "train",
             batch_size=self.settings.batch_size,
             seq_length=self.settings.seq_length,
             precision=self.precision,
             seconds=seconds,
+            warmup=warmup,
         )
 
     def prepare_inference(self) -> None:

@@ -1,13 +1,15 @@
 """A process that does nothing but slices of one model's work, so that its times and its peak memory are its own.
 
-Started by `efficiency.Worker` as `python -m newllm.evaluation.worker`. It reads one JSON object a line from standard
+Started by `processes.Worker` as `python -m newllm.evaluation.worker`. It reads one JSON object a line from standard
 input, {"do": name of a method of Work, **arguments}, and answers each with one JSON line: what the method returned, or
 {"error": one line}. It ends with its input.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import sys
 import time
@@ -16,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
 from newllm.evaluation.cache_size import cache_bytes
+from newllm.evaluation.rivals import build_rival, rival_cache
 from newllm.settings import UserError
 
 
@@ -32,6 +36,7 @@ class Work:
             torch.set_num_threads(threads)
         torch.manual_seed(seed)
         self.device = torch.device(device)
+        self.rival: str | None = subject.get("rival")
         self.model = build_model(subject).to(self.device)
         self.vocab_size: int = self.model.config.vocab_size  # type: ignore[union-attr, assignment]
         self.optimizer: torch.optim.Optimizer | None = None
@@ -39,11 +44,19 @@ class Work:
         return {"parameters": sum(p.numel() for p in self.model.parameters()), "threads": torch.get_num_threads()}
 
     def train(
-        self, batch_size: int, seq_length: int, precision: str, steps: int = 1, seconds: float = 0.0, **ids: str
+        self,
+        batch_size: int,
+        seq_length: int,
+        precision: str,
+        steps: int = 1,
+        seconds: float = 0.0,
+        warmup: int = 0,
+        **ids: str,
     ) -> dict[str, Any]:
         """Full training steps: forward, backward, clipping, fused AdamW; at least `steps`, for at least `seconds`.
 
-        ids: path of a .npy file of token ids (ids=…); without it they are random.
+        warmup: steps before, which are not counted. ids: path of a .npy file of token ids (ids=…); without it they are
+        random.
         """
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
@@ -59,6 +72,7 @@ class Work:
             optimizer.step()
             optimizer.zero_grad()
 
+        self._repeat(step, most=warmup)
         return {"seconds": self._repeat(step, steps, seconds), "peak_bytes": peak_bytes(self.device)}
 
     def infer(self, dtype: str) -> dict[str, Any]:
@@ -69,34 +83,112 @@ class Work:
         return {}
 
     @torch.no_grad()
-    def prefill(self, context: int, chunk: int | None = None, steps: int = 1, seconds: float = 0.0) -> dict[str, Any]:
-        """Reads `context` tokens of one row into an empty cache, `chunk` at a time; the last cache is kept."""
+    def prefill(self, context: int, steps: int = 1, seconds: float = 0.0) -> dict[str, Any]:
+        """Reads `context` tokens of one row into an empty cache; the last cache is kept."""
 
         def step() -> None:
             self.cache = None
-            self._read(context, chunk)
+            self._read(1, context)
 
         return {"seconds": self._repeat(step, steps, seconds)}
 
     @torch.no_grad()
     def decode(self, steps: int = 1, seconds: float = 0.0) -> dict[str, Any]:
-        """Single tokens after what the cache holds, each with all its logits."""
-        return {"seconds": self._repeat(lambda: self._read(1), steps, seconds)}
+        """Single tokens after what the cache of `prefill` holds, each with all its logits."""
+        return {"seconds": self._repeat(lambda: self._read(1, 1), steps, seconds)}
+
+    @torch.no_grad()
+    def decode_filled(
+        self, dtype: str, rows: int, context: int, chunk: int, warmup: int, steps: int, seconds: float
+    ) -> dict[str, Any]:
+        """Fills a cache (see `_fill`), decodes one token a step in each row with all logits, and drops the cache.
+
+        Args:
+            warmup: steps before, not counted: the first touches cold memory, packs weights, makes the cache grow.
+            steps: at most so many, and so many of the warm-up.
+            seconds: each of the two ends after this time, but not before its first step.
+
+        Returns:
+            seconds of each step; weight_bytes and cache_bytes, what a step cannot do without reading.
+        """
+        self.infer(dtype)
+        self._fill(rows, context, chunk, context + warmup + steps)
+        self._repeat(lambda: self._read(rows, 1), seconds=seconds, most=warmup)
+        times = self._repeat(lambda: self._read(rows, 1), seconds=seconds, most=steps)
+        read = {"weight_bytes": weight_bytes(self.model, rows), "cache_bytes": cache_bytes(self.cache).used}
+        self.cache = None
+        return {"seconds": times} | read
+
+    @torch.no_grad()
+    def decode_memory(self, dtype: str, context: int, chunk: int, steps: int) -> dict[str, Any]:
+        """Memory while the last `steps` of `context` tokens of one row are decoded.
+
+        Returns:
+            resident_bytes before there was a cache; peak_bytes while decoding; cache bytes used and allocated at the
+            end.
+        """
+        self.infer(dtype)
+        self._read(1, 1)  # allocates what stays: packed weights, work space
+        self.cache = None
+        resident = resident_bytes(self.device)
+        self._fill(1, context - steps, chunk, context)
+        reset_peak(self.device)
+        for _ in range(steps):
+            self._read(1, 1)
+        measured = cache_bytes(self.cache)
+        peak = peak_bytes(self.device)
+        self.cache = None
+        return {"resident_bytes": resident, "peak_bytes": peak} | measured._asdict()
 
     @torch.no_grad()
     def measure_cache(self, tokens: int) -> dict[str, Any]:
         """Bytes of a fresh cache of `tokens` tokens, the last of them decoded, so that spare room is counted too."""
         self.cache = None
-        self._read(tokens - 1)
-        self._read(1)
+        self._read(1, tokens - 1)
+        self._read(1, 1)
         measured = cache_bytes(self.cache)
         self.cache = None
         return {"used": measured.used, "allocated": measured.allocated}
 
-    def _read(self, tokens: int, chunk: int | None = None) -> None:
-        for ids in self._tokens(1, tokens).split(chunk or tokens, dim=1):
-            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.cache = output.past_key_values
+    def bandwidth(self, device: str, threads: int | None, megabytes: int, seconds: float) -> dict[str, Any]:
+        """The fastest that this device reads memory, in bytes per second: the best of several reductions of a buffer.
+
+        megabytes: size of the buffer, which must be much larger than the last cache between memory and processor.
+        """
+        self.device = torch.device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        buffer = torch.ones(megabytes * 2**20 // 4, device=self.device)
+        reductions = (torch.sum, torch.amax, torch.linalg.vector_norm)
+        times = [
+            self._repeat(functools.partial(reduction, buffer), seconds=seconds / len(reductions))
+            for reduction in reductions
+        ]
+        return {"bytes_per_second": buffer.nbytes / min(map(min, times))}
+
+    def _read(self, rows: int, tokens: int) -> None:
+        ids = self._tokens(rows, tokens)
+        output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+
+    def _fill(self, rows: int, context: int, chunk: int, capacity: int) -> None:
+        """A cache of `context` tokens in `rows` rows, made in a moment: reading 32k tokens would take minutes.
+
+        What `chunk` tokens of one row leave in a cache is appended again and again, in all rows. The bytes, the spare
+        room and the time of a step depend on the length alone. `capacity` is what a static cache is allocated for.
+        """
+        ids = self._tokens(1, min(chunk, context))
+        if self.rival is None:
+            # At the model's precision, since what is appended to a quantised cache is what the layers computed.
+            read, self.cache = self.model.make_cache(precision="model"), self.model.make_cache()  # type: ignore[operator]
+            self.model(input_ids=ids, past_key_values=read, logits_to_keep=1)
+            streams = [list(state.tensors().values()) for state in read.layers]
+        else:
+            read = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            self.cache = rival_cache(self.rival, self.model, capacity)
+            streams = [[layer.keys, layer.values] for layer in read.layers]
+        for layer, tensors in zip(self.cache.layers, streams, strict=True):
+            layer.update(*(_repeated(tensor, rows, context) for tensor in tensors))
 
     def _tokens(self, rows: int, length: int, ids: str | None = None) -> Tensor:
         if ids is None:
@@ -107,10 +199,12 @@ class Work:
             tokens = torch.from_numpy(np.stack([text[start : start + length] for start in starts]).astype(np.int64))
         return tokens.to(self.device)
 
-    def _repeat(self, step: Callable[[], None], steps: int, seconds: float) -> list[float]:
-        """Seconds of each repetition."""
+    def _repeat(
+        self, step: Callable[[], object], steps: int = 1, seconds: float = 0.0, most: float = math.inf
+    ) -> list[float]:
+        """Seconds of each repetition: at least `steps`, for at least `seconds`, but never more than `most`."""
         times: list[float] = []
-        while len(times) < steps or sum(times) < seconds:
+        while len(times) < most and (len(times) < steps or sum(times) < seconds):
             start = time.perf_counter()
             step()
             if self.device.type == "cuda":
@@ -123,12 +217,12 @@ def build_model(subject: dict[str, Any]) -> nn.Module:
     """The model a subject names.
 
     {"folder": path, "plugin": file or None} loads a trained one; {"model": preset, "plugin": …, **shape} builds ours;
-    {"model": "gpt_neox", "max_positions": n, **shape} builds Hugging Face's own GPT-NeoX in that shape.
+    {"rival": name, "max_positions": n, **shape} builds one of Hugging Face's in that shape (`rivals.NAMES`).
     """
     shape = dict(subject)
     plugin = shape.pop("plugin", None)
-    if shape.get("model") == "gpt_neox":
-        return _gpt_neox(shape)
+    if "rival" in shape:
+        return build_rival(shape.pop("rival"), **shape)
     from newllm.models import create_model, load_model, load_plugin
 
     if plugin is not None:
@@ -138,19 +232,32 @@ def build_model(subject: dict[str, Any]) -> nn.Module:
     return create_model(shape.pop("model"), **shape)
 
 
-def _gpt_neox(shape: dict[str, Any]) -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+def weight_bytes(model: nn.Module, rows: int) -> int:
+    """Bytes of weights that a decoding step reads: all, but of the input embedding only a row for each token."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    if embedding is model.get_output_embeddings().weight:  # type: ignore[operator]
+        return total
+    return total - embedding.nbytes + rows * embedding[0].nbytes
 
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=shape["vocab_size"],
-            hidden_size=shape["hidden_size"],
-            num_hidden_layers=shape["num_layers"],
-            num_attention_heads=shape["num_heads"],
-            intermediate_size=shape["intermediate_size"],
-            max_position_embeddings=shape["max_positions"],
-        )
-    )
+
+def _repeated(tensor: Tensor, rows: int, tokens: int) -> Tensor:
+    """(1, N, c, d) → (rows, N, tokens, d), the tokens over and over again."""
+    return tensor.repeat(rows, 1, -(-tokens // tensor.shape[2]), 1)[:, :, :tokens]
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Memory of this process now: resident set on a CPU, torch's allocations on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def reset_peak(device: torch.device) -> None:
+    """`peak_bytes` forgets what was before, on a GPU and on Linux; elsewhere it stays the peak of the whole process."""
+    clear = Path("/proc/self/clear_refs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif clear.is_file():
+        clear.write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from newllm.evaluation.processes import cause_of_death
 from newllm.experiments.progress import Display, RunLine
 from newllm.experiments.run import RunError, finish_run
 from newllm.settings import ExperimentSettings, RunSettings, UserError
@@ -109,16 +109,6 @@ class Worker:
         self.task, self.line = task, line
         self.send(run=dataclasses.asdict(task.run), folder=str(task.folder))
 
-    def cause_of_death(self) -> str:
-        code = self.process.wait()
-        if code == -signal.SIGKILL:
-            return f"the process was killed (signal {-code}): out of memory?"
-        if code < 0:
-            return f"the process was killed (signal {-code}, {signal.Signals(-code).name})"
-        self.errors.seek(0)
-        said = self.errors.read().strip().splitlines()
-        return f"the process ended with code {code}" + (f": {said[-1]}" if said else "")
-
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -177,7 +167,7 @@ class Workers:
 
     def _outcome(self, worker: Worker, task: Task, answer: dict[str, Any] | None) -> Row | Exception:
         if answer is None:
-            cause = worker.cause_of_death()
+            cause = cause_of_death(worker.process, worker.errors)
             task.folder.mkdir(exist_ok=True)
             worker.errors.seek(0)
             (task.folder / ERROR_FILE).write_text(f"{worker.errors.read()}\n{cause}\n", encoding="utf-8")

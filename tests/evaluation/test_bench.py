@@ -1,0 +1,270 @@
+"""Benchmarks: what they measure and against whom. Nothing here looks at how long anything took."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from newllm.commands.bench import TABLE_WIDTH, run, table
+from newllm.evaluation import bench, cache_bytes
+from newllm.evaluation.bench_settings import BenchSettings, DecodeBench, MemoryBench, TrainBench
+from newllm.evaluation.processes import cause_of_death
+from newllm.evaluation.rivals import NAMES, build_rival, rival_cache
+from newllm.evaluation.worker import Work, build_model, weight_bytes
+from newllm.models import create_model
+from newllm.settings import UserError
+
+SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "vocab_size": 96}
+MODELS = ["pythia", "mqa:window=9", "pythia:cache_precision=int8"]
+
+
+def quiet(_: str) -> None:
+    """No progress."""
+
+
+def work_on(**subject) -> Work:
+    work = Work()
+    work.build(subject | SHAPE, device="cpu", threads=None)
+    work.infer("float32")
+    return work
+
+
+class HereWorker:
+    """A worker without a process of its own: starting one takes seconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.work = name, Work()
+
+    def call(self, command: str, **arguments) -> dict:
+        return json.loads(json.dumps(getattr(self.work, command)(**arguments)))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(bench, "Worker", HereWorker)
+
+
+# The rivals.
+
+
+def test_gpt_neox_has_the_weights_of_ours():
+    subjects = BenchSettings(**SHAPE, models=["pythia"], rivals=["gpt_neox", "gpt_neox_static"]).subjects(64)
+    assert len({sum(p.numel() for p in build_model(subject).parameters()) for subject in subjects}) == 1
+
+
+def test_deepseek_caches_one_latent_and_its_rotary_part_and_has_about_the_weights_of_ours():
+    shape = {"hidden_size": 512, "num_layers": 1, "num_heads": 8, "intermediate_size": 2048, "vocab_size": 64}
+    model = build_rival("deepseek_v3", 64, **shape).eval()
+    with torch.no_grad():
+        cache = model(torch.randint(64, (1, 10)), use_cache=True).past_key_values
+    assert cache_bytes(cache).used == 10 * (128 + 16) * 4
+    ours = sum(p.numel() for p in create_model("pythia", **shape).parameters())
+    theirs = sum(p.numel() for p in model.parameters())
+    assert theirs == pytest.approx(ours, rel=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rivals_decode_with_their_cache_as_without(name):
+    model = build_rival(name, 64, **SHAPE).eval()
+    cache = rival_cache(name, model, 24)
+    ids = torch.randint(96, (2, 20))
+    with torch.no_grad():
+        for chunk in ids.split([15, 1, 1, 1, 1, 1], dim=1):
+            logits = model(chunk, past_key_values=cache, use_cache=True).logits
+        assert torch.allclose(logits, model(ids).logits[:, -1:], atol=1e-5)
+
+
+# Filling a cache in a moment.
+
+
+@pytest.mark.parametrize("subject", [{"model": m} for m in MODELS] + [{"rival": r, "max_positions": 64} for r in NAMES])
+def test_a_filled_cache_is_the_one_that_reading_gives(subject):
+    work = work_on(**subject)
+    ids = torch.randint(96, (1, 12))
+    work._tokens = lambda *_: ids
+    with torch.no_grad():
+        work._fill(rows=3, context=12, chunk=50, capacity=14)
+        filled = work.cache
+        step = torch.randint(96, (3, 1))
+        logits = work.model(step, past_key_values=filled, use_cache=True).logits
+        expected = work.model(torch.cat([ids.expand(3, -1), step], dim=1)).logits[:, -1:]
+    tolerance = 1e-2 if "int8" in str(subject) else 1e-5
+    assert torch.allclose(logits, expected, atol=tolerance)
+
+
+@given(
+    subject=st.sampled_from([{"model": m} for m in MODELS] + [{"rival": r, "max_positions": 64} for r in NAMES]),
+    rows=st.integers(1, 3),
+    context=st.integers(1, 40),
+    chunk=st.integers(1, 50),
+)
+def test_a_filled_cache_costs_what_reading_costs(subject, rows, context, chunk):
+    work = work_on(**subject)
+    with torch.no_grad():
+        work._fill(rows, context, chunk, capacity=context)
+        filled = work.cache
+        ids = torch.randint(96, (rows, context))
+        read = rival_cache(work.rival, work.model, context) if work.rival else work.model.make_cache()
+        work.model(ids, past_key_values=read, use_cache=True)
+    assert int(filled.get_seq_length()) == int(read.get_seq_length()) == context
+    assert cache_bytes(filled) == cache_bytes(read)
+
+
+# What a step must read.
+
+
+@given(rows=st.integers(1, 9), tied=st.booleans())
+def test_of_the_input_embedding_a_step_reads_a_row_for_each_token(rows, tied):
+    model = create_model("pythia", **SHAPE, tie_word_embeddings=tied)
+    others = sum(p.nbytes for name, p in model.named_parameters() if name != "embed.weight")
+    lookup = model.embed.weight.nbytes if tied else rows * 32 * 4
+    assert weight_bytes(model, rows) == others + lookup
+
+
+def test_bandwidth_is_read_from_memory():
+    assert Work().bandwidth("cpu", None, megabytes=1, seconds=0.01)["bytes_per_second"] > 1e6
+
+
+# The three benchmarks.
+
+
+def test_training_is_compared_with_rivals_and_the_first_model(here):
+    settings = TrainBench(
+        **SHAPE | {"vocab_size": 4096}, models=["pythia", "mqa"], seq_lengths=[8, 16], batch_size=2, rounds=3, steps=1
+    )
+    result = bench.bench_train(settings, quiet)
+    assert result["references"] == ["gpt_neox", "pythia"]
+    for case, length in zip(result["cases"], [8, 16], strict=True):
+        assert [row["model"] for row in case["rows"]] == ["gpt_neox", "pythia", "mqa"]
+        theirs, ours, mqa = case["rows"]
+        assert ours["tokens_per_second"] == pytest.approx(2 * length / ours["seconds"])
+        assert theirs["speed_ratios"]["gpt_neox"] == {"ratio": 1, "range": [1, 1]}
+        assert theirs["memory_ratios"]["gpt_neox"] == ours["memory_ratios"]["pythia"] == 1
+        low, high = mqa["speed_ratios"]["pythia"]["range"]
+        assert low <= mqa["speed_ratios"]["pythia"]["ratio"] <= high
+        assert mqa["speed_ratios"]["pythia"]["ratio"] in [
+            a / b for a, b in zip(ours["round_seconds"], mqa["round_seconds"], strict=True)
+        ]
+
+
+def decode_settings(**changes) -> DecodeBench:
+    values = {"contexts": [12, 20], "batch_sizes": [1, 2], "rounds": 2, "steps": 2, "seconds": 0.01}
+    return DecodeBench(**SHAPE | {"models": MODELS, "ceiling_megabytes": 1} | values | changes)
+
+
+def test_decoding_is_measured_in_both_types_for_each_batch_and_context(here):
+    result = bench.bench_decode(decode_settings(), quiet)
+    assert [(c["batch_size"], c["context"]) for c in result["cases"]] == [(1, 12), (1, 20), (2, 12), (2, 20)]
+    assert result["ceiling_bytes_per_second"] == max(result["ceiling_rounds"])
+    assert len(result["ceiling_rounds"]) == 4 * 2
+    for case in result["cases"]:
+        rows = case["rows"]
+        assert [(r["model"], r["dtype"]) for r in rows] == [
+            (m, d) for m in [*NAMES, *MODELS] for d in ("bfloat16", "float32")
+        ]
+        for half, full in zip(rows[::2], rows[1::2], strict=True):
+            assert half["best"] is not full["best"]
+            assert full["weight_bytes"] == 2 * half["weight_bytes"]
+            assert max(r["speed_ratios"].get(r["model"], {"ratio": 1})["ratio"] for r in (half, full)) >= 1
+            for row in (half, full):
+                assert set(row["speed_ratios"]) == {*NAMES, "pythia"}
+                read = (row["weight_bytes"] + row["cache_bytes"]) / row["seconds"]
+                assert row["ceiling_share"] == pytest.approx(read / result["ceiling_bytes_per_second"])
+                assert row["tokens_per_second"] == pytest.approx(1000 * case["batch_size"] / row["ms_per_step"])
+        neox = next(row for row in rows if row["model"] == "gpt_neox" and row["dtype"] == "float32")
+        # The warm-up and the measured steps, of which there may be one or two each, have been read too.
+        per_token = case["batch_size"] * 2 * 2 * 32 * 4
+        assert case["context"] + 2 <= neox["cache_bytes"] / per_token <= case["context"] + 5
+
+
+def test_steps_of_the_warm_up_are_not_counted():
+    work = work_on(model="pythia")
+    arguments = {"dtype": "float32", "rows": 1, "context": 8, "chunk": 8}
+    answer = work.decode_filled(**arguments, warmup=2, steps=3, seconds=60.0)
+    assert len(answer["seconds"]) == 3
+    assert answer["cache_bytes"] == (8 + 2 + 3) * 2 * 2 * 32 * 4
+    assert len(work.decode_filled(**arguments, warmup=2, steps=3, seconds=1e-9)["seconds"]) == 1
+
+
+def test_memory_is_that_of_the_cache_at_the_end_of_each_context(here):
+    settings = MemoryBench(**SHAPE, models=MODELS, contexts=[64, 16], steps=4, dtype="float32")
+    result = bench.bench_memory(settings, quiet)
+    assert [case["context"] for case in result["cases"]] == [16, 64]
+    for case in result["cases"]:
+        rows = {row["model"]: row for row in case["rows"]}
+        assert list(rows) == [*NAMES, *MODELS]
+        assert rows["pythia"]["cache_bytes_per_token"] == rows["gpt_neox"]["cache_bytes_per_token"] == 2 * 2 * 32 * 4
+        assert rows["mqa:window=9"]["cache_bytes"] == 8 * 2 * 2 * 8 * 4
+        assert rows["pythia:cache_precision=int8"]["cache_bytes"] < rows["pythia"]["cache_bytes"] / 2
+        for row in rows.values():
+            assert row["cache_bytes_allocated"] >= row["cache_bytes"]
+            assert row["peak_bytes"] > 50e6
+
+
+# What is printed, and what is refused.
+
+
+def test_a_table_of_100_columns_then_one_line_of_json(here, capsys):
+    long = "mqa:window=9,position.type=alibi,position.slopes=geometric"
+    settings = decode_settings(models=["pythia", long], contexts=[12], batch_sizes=[1])
+    result = run(settings)
+    *printed, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == json.loads(json.dumps(result))
+    assert max(map(len, printed)) <= TABLE_WIDTH
+    assert "batch 1, 12 tokens" in "\n".join(printed)
+    assert not any("…" in line for line in printed)
+    every = table(result | {"settings": result["settings"] | {"all_precisions": True}})
+    assert (table(result).row_count, every.row_count) == (1 + 5, 1 + 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (TrainBench(models=["pithia"]), "did you mean 'pythia'"),
+        (TrainBench(models=[]), "--models is empty"),
+        (TrainBench(rounds=0), "--rounds is 0: it must be at least 1"),
+        (DecodeBench(seconds=0.0), "--seconds is 0.0: it must be more than 0"),
+        (DecodeBench(batch_sizes=[1, 0]), "--batch-sizes is .*: it must be at least 1"),
+        (MemoryBench(contexts=[8]), "each must be more than --steps 8"),
+    ],
+)
+def test_wrong_settings_are_told_before_anything_starts(settings, message, monkeypatch):
+    monkeypatch.setattr(bench, "Worker", None)
+    kinds = {TrainBench: bench.bench_train, DecodeBench: bench.bench_decode, MemoryBench: bench.bench_memory}
+    with pytest.raises(UserError, match=message):
+        kinds[type(settings)](settings, quiet)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise SystemExit(3)", "the process ended with code 3"),
+        ("1 / 0", "the process ended with code 1: ZeroDivisionError: division by zero"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGTERM)})", "the process was killed (signal 15, SIGTERM)"),
+        (
+            f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})",
+            "the process was killed (signal 9): out of memory?",
+        ),
+    ],
+)
+def test_a_death_is_told_in_one_line(code, said):
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=errors, text=True)
+        assert cause_of_death(process, errors) == said
+
+
+def test_a_benchmark_runs_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = MemoryBench(**SHAPE, models=["pythia"], rivals=[], contexts=[32], threads=1, dtype="float32")
+    (row,) = bench.bench_memory(settings, quiet)["cases"][0]["rows"]
+    assert row["cache_bytes_per_token"] == 2 * 2 * 32 * 4
+    assert row["peak_bytes"] > 50e6
