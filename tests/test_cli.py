@@ -161,6 +161,18 @@ def test_evaluation_on_another_text_uses_the_models_own_tokenizer(run_folder, tm
     assert result["test"]["tokens"] <= 200
 
 
+def test_evaluation_through_quantised_caches_is_a_table_and_json(run_folder, capsys):
+    assert cli.main(["evaluate", str(run_folder), "--cache-precision", "model", "int8", "int4"]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    rows = json.loads(line)["cache_precision"]
+    assert [row["cache_precision"] for row in rows] == ["model", "int8", "int4"]
+    reported = json.loads((run_folder / "result.json").read_text())["training"]["best_val_loss"]
+    assert rows[0]["validation"]["loss"] == pytest.approx(reported, abs=1e-5)
+    assert [row["cache_bytes_per_token"] for row in rows] == [256, 72, 40]
+    for name in ("float32", "int8", "int4"):
+        assert sum(row.split()[:1] == [name] for row in table) == 2  # in the tables of both splits
+
+
 def test_check_of_a_trained_model(run_folder, capsys):
     assert cli.main(["check", str(run_folder)]) == 0
     assert "all checks passed" in capsys.readouterr().out

@@ -241,6 +241,14 @@ CASES = {
     "benchmark of an unknown model": (["bench", "decode", "--models", "pythai"], "did you mean 'pythia'?"),
     # training and generation
     "learning rate far too high": (lambda p: p.train("--lr", "1e30"), "the training loss is nan"),
+    "unknown cache precision": (
+        lambda p: ["evaluate", p.empty_folder("run"), "--cache-precision", "int8", "int3"],
+        "unknown cache_precision 'int3': did you mean 'int8'?",
+    ),
+    "cache precision without perplexity": (
+        lambda p: ["evaluate", p.empty_folder("run"), "--tasks", "efficiency", "--cache-precision", "int8"],
+        "--cache-precision belongs to the perplexity task",
+    ),
     "stride without context": (lambda p: ["evaluate", p.run(), "--sliding-stride", "16"], "--sliding-stride 16"),
     "empty prompt": (["generate", "gqa", "--prompt", ""], "the prompt is empty"),
     "prompt not UTF-8": (["generate", "gqa"], "standard input is not UTF-8"),

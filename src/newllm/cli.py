@@ -97,6 +97,7 @@ def evaluate(argv: list[str]) -> int:
         evaluate,
         "newllm evaluate runs/gqa",
         "newllm evaluate runs/gqa --tasks perplexity efficiency",
+        "newllm evaluate runs/gqa --cache-precision model int8 int4",
         "newllm evaluate runs/gqa --data other.txt --test-share 0.9 --sliding-window 1024 --sliding-stride 128",
         usage="FOLDER",
     )
@@ -105,13 +106,21 @@ def evaluate(argv: list[str]) -> int:
 
     parser.add_argument("folder", metavar="FOLDER", help="Run folder, or a folder with config.json and weights.")
     parser.add_argument("--tasks", nargs="+", default=["perplexity"], metavar="TASK", help=" ".join(command.TASKS))
+    parser.add_argument(
+        "--cache-precision",
+        nargs="+",
+        default=[],
+        metavar="model|int8|int4",
+        help="Measure perplexity through caches of these precisions, side by side (default: without a cache).",
+    )
     parser.add_settings(RunSettings, (DataSettings, EvaluationSettings, "plugin", "device", "precision", "threads"))
     arguments = parser.parse(argv)
     base = command.settings_of(Path(arguments.folder), arguments.tasks)
     settings = parser.settings(parser.parse(argv, vars(base)), base)
     if arguments.print_config:
         return _print_config(settings)
-    command.print_results(command.evaluate(Path(arguments.folder), arguments.tasks, settings))
+    results = command.evaluate(Path(arguments.folder), arguments.tasks, settings, arguments.cache_precision)
+    command.print_results(results)
     return 0
 
 

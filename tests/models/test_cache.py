@@ -142,15 +142,24 @@ def test_a_quantised_cache_changes_little(name, precision, error):
 
 @pytest.mark.parametrize(
     ("model", "bf16", "int8", "int4"),
-    [("pythia", 12288, 6528, 3456), ("gqa", 3072, 1632, 864), ("mqa", 1536, 816, 432)],
+    [
+        ("pythia", 12288, 6528, 3456),
+        ("v_dproj", 9984, 5376, 2880),
+        ("kv_dproj", 7680, 4224, 2304),
+        ("gqa", 3072, 1632, 864),
+        ("mla_256", 3072, 1632, 864),
+        ("mqa", 1536, 816, 432),
+        ("mla", 1536, 816, 432),
+        ("mla_64", 768, 408, 216),
+    ],
 )
 def test_bytes_of_a_token_at_the_shape_of_pythia_70m(model, bf16, int8, int4):
-    lm = create_model(model, vocab_size=64).bfloat16().eval()
+    lm = create_model(model, num_layers=1, vocab_size=64).bfloat16().eval()
     for precision, expected in {"model": bf16, "int8": int8, "int4": int4}.items():
         cache = lm.make_cache(precision)
         with torch.no_grad():
             lm(torch.randint(64, (1, 3)), past_key_values=cache)
-        assert cache_bytes(cache).used == 3 * expected
+        assert 6 * cache_bytes(cache).used == 3 * expected  # six layers like this one
 
 
 def test_a_models_own_precision_is_made_saved_loaded_and_used(tmp_path):

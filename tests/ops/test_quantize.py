@@ -63,3 +63,11 @@ def test_extreme_numbers_stay_finite_and_zeros_zero(bits, dtype, value):
 def test_a_number_depends_on_its_own_vector_alone(bits):
     x = torch.randn(2, 7, 48)
     assert torch.equal(there_and_back(x[1:, 3:5], bits), there_and_back(x, bits)[1:, 3:5])
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+def test_a_long_cache_is_read_in_blocks(bits, monkeypatch):
+    x = torch.randn(2, 3, 50, 40)
+    whole = there_and_back(x, bits)
+    monkeypatch.setattr("newllm.ops.quantize.BLOCK", 2 * 3 * 40 * 7)
+    assert torch.equal(there_and_back(x, bits), whole)

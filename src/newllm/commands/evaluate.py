@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from newllm.commands.folders import model_folder, open_model, run_config
 from newllm.settings import RunSettings, UserError, nearest, resolve
 
 TASKS = ["perplexity", "efficiency"]
+SPLITS = ["validation", "test"]
 
 
 def settings_of(folder: Path, tasks: list[str]) -> RunSettings:
@@ -27,26 +29,40 @@ def settings_of(folder: Path, tasks: list[str]) -> RunSettings:
     return RunSettings(**check_config(run_config(folder), RunSettings, f"{folder / 'config.yaml'}: "))
 
 
-def evaluate(folder: Path, tasks: list[str], settings: RunSettings) -> dict[str, Any]:
+def evaluate(
+    folder: Path, tasks: list[str], settings: RunSettings, cache_precisions: list[str] | None = None
+) -> dict[str, Any]:
     """What the tasks measure; perplexity for the validation and the test split.
 
-    The text is encoded with the model's own tokenizer. folder is a run folder or a model folder.
+    The text is encoded with the model's own tokenizer. folder is a run folder or a model folder. With cache_precisions,
+    perplexity is measured through a cache of each, and "cache_precision" of the result holds a row for each.
+
+    Raises:
+        UserError: an unknown precision, or precisions without the perplexity task.
     """
+    if cache_precisions and "perplexity" not in tasks:
+        raise UserError("--cache-precision belongs to the perplexity task: leave out --tasks, or add perplexity to it")
     from newllm.data import prepare
     from newllm.evaluation.bands import ppl_band
+    from newllm.evaluation.cache_precision import compare_precisions
     from newllm.evaluation.perplexity import evaluate as evaluate_perplexity
+    from newllm.models.cache import check_precision
 
     settings = resolve(settings)
     settings.model, settings.tokenizer = str(folder), str(model_folder(folder))
     results: dict[str, Any] = {"model": str(folder)}
     if "perplexity" in tasks:
+        for precision in cache_precisions or []:
+            check_precision(precision)
         model, _ = open_model(settings)
         data = prepare(settings, print)
-        for split in ("validation", "test"):
-            tokens = data.splits[split]
-            result = evaluate_perplexity(model, tokens, settings)
-            result["band"] = ppl_band(result["ppl"], tokens.num_bytes / len(tokens.ids))
-            results[split] = result
+        splits = {split: data.splits[split] for split in SPLITS}
+        if cache_precisions:
+            results["cache_precision"] = compare_precisions(model, splits, settings, cache_precisions)
+        else:
+            results |= {split: evaluate_perplexity(model, tokens, settings) for split, tokens in splits.items()}
+            for split, tokens in splits.items():
+                results[split]["band"] = ppl_band(results[split]["ppl"], tokens.num_bytes / len(tokens.ids))
     if "efficiency" in tasks:
         from newllm.evaluation.efficiency import measure_all
 
@@ -56,7 +72,9 @@ def evaluate(folder: Path, tasks: list[str], settings: RunSettings) -> dict[str,
 
 def print_results(results: dict[str, Any]) -> None:
     """A table for people, then one JSON line for programs."""
-    for split in ("validation", "test"):
+    for split in SPLITS:
+        if "cache_precision" in results:
+            print_precisions(split, results["cache_precision"])
         if split not in results:
             continue
         result = results[split]
@@ -78,6 +96,20 @@ def print_results(results: dict[str, Any]) -> None:
     for key, value in results.get("efficiency", {}).items():
         print(f"  {key:40} {value}")
     print(json.dumps(results))
+
+
+def print_precisions(split: str, rows: list[dict[str, Any]]) -> None:
+    """A row for each precision of the cache; differences are to the first."""
+    print(f"\n{split}: {rows[0][split]['tokens']:,} tokens, read through caches of")
+    print(f"  {'':17} {'perplexity':>12} {'difference':>12} {'sliding':>12} {'bytes a token':>14} {'state bytes':>12}")
+    for row in rows:
+        result = row[split]
+        name = row["dtype"] if row["cache_precision"] == "model" else row["cache_precision"]
+        difference = f"{math.expm1(result['delta_loss']):+.2%}"
+        print(
+            f"  {name:17} {result['ppl']:12.3f} {difference:>12} {result['sliding_ppl']:12.3f} "
+            f"{row['cache_bytes_per_token']:14,.0f} {row['state_bytes']:12,.0f}"
+        )
 
 
 def _ppl(value: float | None) -> str:

@@ -20,6 +20,8 @@ from torch import Tensor
 BITS = {"int8": 8, "int4": 4}
 # A group has at most this many numbers: one outlier spoils the steps of its own group only.
 LARGEST_GROUP = 32
+# Numbers dequantised at once: what is needed only in between stays small, whatever the length of the cache.
+BLOCK = 2**19
 # Float16's smallest number and its largest: where scales end.
 SCALE_RANGE = (2.0**-24, 65504.0)
 
@@ -63,11 +65,14 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, bits: int, size: int, dtype: torch.dtype) -> Tensor:
-    """The numbers (…, size) in `dtype` that codes and scales stand for."""
-    numbers = _unpack(codes, size) if bits == 4 else codes
+    """The numbers (…, S, size) in `dtype` that codes (…, S, ·) and scales (…, S, n) stand for, a block at a time."""
+    numbers = torch.empty(*codes.shape[:-1], size, dtype=dtype, device=codes.device)
     exact = torch.promote_types(dtype, torch.float32)
-    grouped = numbers.unflatten(-1, (scales.shape[-1], -1)) * scales.to(exact)[..., None]
-    return grouped.flatten(-2).to(dtype)
+    tokens = max(1, BLOCK * codes.shape[-2] // numbers.numel())
+    for c, s, out in zip(*(x.split(tokens, dim=-2) for x in (codes, scales, numbers)), strict=True):
+        whole = _unpack(c, size) if bits == 4 else c
+        out.copy_((whole.unflatten(-1, (s.shape[-1], -1)) * s.to(exact)[..., None]).flatten(-2))
+    return numbers
 
 
 def _pack(codes: Tensor) -> Tensor:

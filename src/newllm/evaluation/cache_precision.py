@@ -1,0 +1,58 @@
+"""What quantising the cache of a trained model costs in perplexity, and saves in bytes: no training anew."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from newllm.evaluation.cache_size import cache_bytes
+from newllm.evaluation.efficiency import cache_figures
+from newllm.evaluation.perplexity import evaluate
+from newllm.settings import CommonSettings
+
+if TYPE_CHECKING:
+    from newllm.data import TokenFile
+    from newllm.models import TransformerLM
+
+
+def compare_precisions(
+    model: TransformerLM, splits: dict[str, TokenFile], settings: CommonSettings, precisions: list[str]
+) -> list[dict[str, Any]]:
+    """One row for each precision of the cache, all on the same tokens of the same splits.
+
+    The model reads every window through an empty cache of that precision and predicts from what it reads there. A row
+    has cache_precision, dtype (of what the cache holds), cache_bytes_per_token and state_bytes (as in
+    `efficiency.cache_figures`, at up to decode_context tokens), and for each split what `perplexity.evaluate` returns,
+    with delta_loss: nats a token above the first precision.
+    """
+    rows: list[dict[str, Any]] = []
+    for precision in precisions:
+        row = {"cache_precision": precision, **cache_cost(model, next(iter(splits.values())), settings, precision)}
+        for split, tokens in splits.items():
+            result = evaluate(model, tokens, settings, precision)
+            base = rows[0][split]["loss"] if rows else result["loss"]
+            row[split] = result | {"delta_loss": result["loss"] - base}
+        rows.append(row)
+    return rows
+
+
+def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings, precision: str) -> dict[str, Any]:
+    """dtype, cache_bytes_per_token and state_bytes of one row, read from the tensors of the cache."""
+    from newllm.training.devices import autocast, resolve_precision
+
+    context = settings.decode_context
+    assert context is not None
+    measured = {}
+    for length in (context // 2, context - context // 4, context):
+        ids = torch.from_numpy(np.resize(tokens.ids, (1, length)).astype(np.int64)).to(model.device)
+        cache = model.make_cache(precision)
+        with torch.no_grad(), autocast(model.device, resolve_precision(settings, model.device)):
+            model.hidden_states(ids, past_key_values=cache)
+        measured[length] = cache_bytes(cache)._asdict()
+    figures = cache_figures(measured)
+    return {
+        "dtype": str(next(iter(cache.layers[0].tensors().values())).dtype).removeprefix("torch."),
+        **{key: figures[key] for key in ("cache_bytes_per_token", "state_bytes")},
+    }
