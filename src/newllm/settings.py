@@ -236,6 +236,10 @@ def resolve(settings: S) -> S:
     if settings.data == "pile" and settings.tokenizer is None:
         scale["tokenizer"] = PILE_TOKENIZER
     filled: dict[str, Any] = {key: scale.get(key) if value is None else value for key, value in given.items()}
+    for f in dataclasses.fields(settings):
+        # 2 in a file and 2.0 by flag are the same setting, and have the same hash.
+        if f.type in ("float", "float | None") and isinstance(filled[f.name], int):
+            filled[f.name] = float(filled[f.name])
     resolved = type(settings)(**filled)
     check(resolved)
     return resolved
