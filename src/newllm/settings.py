@@ -236,13 +236,11 @@ def resolve(settings: S) -> S:
     if settings.data == "pile" and settings.tokenizer is None:
         scale["tokenizer"] = PILE_TOKENIZER
     filled: dict[str, Any] = {key: scale.get(key) if value is None else value for key, value in given.items()}
-    for f in dataclasses.fields(settings):
-        # 2 in a file and 2.0 by flag are the same setting, and have the same hash.
-        if f.type in ("float", "float | None") and isinstance(filled[f.name], int):
-            filled[f.name] = float(filled[f.name])
-    resolved = type(settings)(**filled)
-    check(resolved)
-    return resolved
+    check(type(settings)(**filled))
+    # 2 in a file and 2.0 by flag are the same setting, and have the same hash.
+    floats = {f.name for f in dataclasses.fields(settings) if f.type in ("float", "float | None")}
+    as_floats = {name: float(filled[name]) for name in floats if filled[name] is not None}
+    return type(settings)(**(filled | as_floats))
 
 
 POSITIVE = (

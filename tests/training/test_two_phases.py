@@ -183,3 +183,7 @@ def test_a_comparison_shows_the_second_phase_and_says_that_there_was_a_first(tex
     assert min(point.get("train_loss", 9) for point in two_phase["curve"]) > 1
     assert two_phase["layers"] == "2 × v_dproj (restore=two_phase)"
     assert dict(facts(results))["First phase"] == f"{MODEL}: reconstruction, 2,560 more tokens"
+
+
+def test_a_whole_number_in_a_file_and_by_flag_have_one_hash():
+    assert resolve(RunSettings(epochs=2)).hash() == resolve(RunSettings(epochs=2.0)).hash()
