@@ -22,9 +22,10 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed  ## against Hugging Face's GPT-NeoX on this machine; nothing else should run
+bench: $(VENV)/.installed  ## against Hugging Face's models on this machine; nothing else should run
 	$(BIN)/newllm bench train
 	$(BIN)/newllm bench decode
+	$(BIN)/newllm bench memory
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
