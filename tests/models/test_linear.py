@@ -97,9 +97,42 @@ def test_inference_mode_and_gradients_after_decoding():
     linear, x = Linear(512, 512), torch.randn(1, 512)
     with torch.inference_mode():
         inside = linear(x)
-        made_inside = Linear(512, 512)
-        made_inside(x)
-        torch.testing.assert_close(made_inside(x), F.linear(x, made_inside.weight, made_inside.bias))
+        assert linear._packed is not None
+        made_inside = Linear(512, 512)  # its changes are not counted: never packed
+        assert not uses_packed(made_inside, x)
+        made_inside.load_state_dict(linear.state_dict())
+        torch.testing.assert_close(made_inside(x), inside, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(inside.clone(), linear(x).detach(), rtol=1e-5, atol=1e-5)
     linear(x).sum().backward()
     assert linear.weight.grad is not None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_between_training_steps_sees_every_step(fused, training):
+    """The loss multiplies with head.weight outside of head's forward, and fused optimizers do not raise versions."""
+    shape = {"hidden_size": 256, "num_layers": 1, "num_heads": 4, "intermediate_size": 512, "vocab_size": 1000}
+    model = create_model("mla", **shape).train(training)
+    optimizer, ids = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused), torch.randint(1000, (2, 40))
+    for _ in range(3):
+        with torch.no_grad():
+            few = model(ids[:, :5]).logits
+            assert model.head._packed is not None
+            many = model(ids).logits[:, :5]
+        torch.testing.assert_close(few, many, rtol=1e-3, atol=1e-3)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_other_weights_at_the_same_address_are_told_apart():
+    linear, x = Linear(512, 512), torch.randn(1, 512)
+    with torch.no_grad():
+        for _ in range(8):
+            weight = torch.randn(512, 512)
+            out = torch.func.functional_call(linear, {"weight": weight}, x)
+            torch.testing.assert_close(out, F.linear(x, weight, linear.bias), rtol=1e-3, atol=1e-3)
+            del weight, out
+        for _ in range(4):
+            linear.weight.data = torch.randn(512, 512)
+            torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias), rtol=1e-3, atol=1e-3)

@@ -24,6 +24,7 @@ def worth_packing(x: Tensor, weight: Tensor) -> bool:
         x.numel() <= FEW_ROWS * weight.shape[1]
         and weight.numel() > SMALL_WEIGHT
         and not torch.is_grad_enabled()
+        and not weight.is_inference()  # their changes are not counted, and a packed copy could be stale
         and x.dtype == weight.dtype
         and weight.device.type == x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
