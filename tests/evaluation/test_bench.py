@@ -231,6 +231,8 @@ def test_a_table_of_100_columns_then_one_line_of_json(here, capsys):
     [
         (TrainBench(models=["pithia"]), "did you mean 'pythia'"),
         (TrainBench(models=[]), "--models is empty"),
+        (TrainBench(models=["pythia", "pythia"]), "--models names a model twice: pythia pythia"),
+        (DecodeBench(rivals=["gpt_neox", "gpt_neox"]), "--rivals names a model twice: gpt_neox gpt_neox"),
         (TrainBench(rounds=0), "--rounds is 0: it must be at least 1"),
         (DecodeBench(seconds=0.0), "--seconds is 0.0: it must be more than 0"),
         (DecodeBench(batch_sizes=[1, 0]), "--batch-sizes is .*: it must be at least 1"),

@@ -53,6 +53,9 @@ class BenchSettings:
                     raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {rule}")
         if not self.models:
             raise UserError("--models is empty: name a preset, such as pythia")
+        for flag, names in (("--models", self.models), ("--rivals", self.rivals)):
+            if len(set(names)) < len(names):  # rows are told apart by these names
+                raise UserError(f"{flag} names a model twice: {' '.join(names)}")
         from newllm.models import check_model_spec
 
         for model in self.models:
