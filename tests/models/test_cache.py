@@ -175,6 +175,22 @@ def test_a_models_own_precision_is_made_saved_loaded_and_used(tmp_path):
         assert not torch.equal(losses, model.token_losses(ids, "model"))
 
 
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_a_model_with_a_quantised_cache_has_one_loss(precision):
+    model, ids = create_model("pythia", cache_precision=precision, **CHECK_SHAPE).eval(), torch.randint(61, (2, 12))
+    with torch.no_grad():
+        losses = model.token_losses(ids)
+        cached = model(ids, labels=ids, past_key_values=model.make_cache())
+        for use_cache in (None, False, True):
+            output = model(ids, labels=ids, use_cache=use_cache)
+            assert torch.equal(output.logits, cached.logits)
+            torch.testing.assert_close(output.loss, losses.mean())
+            assert (output.past_key_values is not None) == bool(use_cache)
+        full = model(ids, labels=ids, past_key_values=model.make_cache("model"))
+        assert not torch.equal(full.logits, cached.logits)
+        assert torch.equal(model.train()(ids, labels=ids).loss, full.loss)  # training is never quantised
+
+
 def test_what_a_quantised_cache_refuses():
     with pytest.raises(UserError, match="unknown cache_precision 'int3': did you mean 'int8'"):
         create_model("pythia", cache_precision="int3")
@@ -183,6 +199,8 @@ def test_what_a_quantised_cache_refuses():
         model.make_cache("fp8")
     with pytest.raises(ValueError, match="passes no gradient"):
         model(torch.randint(61, (1, 4)), use_cache=True)
+    with pytest.raises(ValueError, match="passes no gradient"):
+        model.eval()(torch.randint(61, (1, 4)))
     with torch.no_grad():
         exported = model(torch.randint(61, (1, 4)), use_cache=True).past_key_values.export()
     with pytest.raises(ValueError, match="precision 'model' cannot hold keys"):

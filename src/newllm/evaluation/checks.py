@@ -44,9 +44,8 @@ class Subject:
     tolerance: float
 
     def logits(self, ids: Tensor, **inputs) -> Tensor:
-        """(B, T, V) over the whole sequence at once; through the cache where it is quantised, as it is generated."""
-        cache = self.model.make_cache() if self.model.config.cache_precision != "model" else None
-        return self.model(ids, use_cache=False, past_key_values=cache, **inputs).logits
+        """(B, T, V) over the whole sequence at once."""
+        return self.model(ids, use_cache=False, **inputs).logits
 
     def chunked(self, ids: Tensor, sizes: list[int], **inputs) -> Tensor:
         """(B, T, V), read chunk by chunk through the model's own cache."""

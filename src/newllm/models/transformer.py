@@ -86,7 +86,13 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states (B, T, D), after the last LayerNorm; arguments as in `forward`."""
+        """Final hidden states (B, T, D), after the last LayerNorm; arguments as in `forward`.
+
+        Where the configuration quantises the model's caches, their cost belongs to the model: outside training it reads
+        through one even when none is given, so that its losses and logits are those it generates by.
+        """
+        if past_key_values is None and not self.training and self.config.cache_precision != "model":
+            past_key_values = self.make_cache()
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x.shape[:2]
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -125,6 +131,8 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
                 real tokens. Padding may stand left or right.
             position_ids: (B, T) or (1, T); default: counted from each row's first real token.
             past_key_values: the model's cache, or any empty Hugging Face cache, which then takes this model's states.
+            use_cache: make a cache and return it. Outside training, a model whose configuration quantises its caches
+                reads through one either way.
             labels: (B, T), not shifted (Hugging Face's convention): token t + 1 is predicted from tokens ≤ t; −100 is
                 ignored.
             logits_to_keep: compute logits of the last so many positions only; 0 for all.
@@ -135,6 +143,9 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         Returns:
             loss in nats per token (with labels), logits (B, T, V), past_key_values. In training mode with labels,
             logits is None: they are never all in memory.
+
+        Raises:
+            ValueError: for a gradient outside training, if the configuration quantises the caches.
         """
         if past_key_values is None and use_cache and not (self.training and labels is not None):
             past_key_values = self.make_cache()
@@ -155,10 +166,9 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         """−log p(token t | tokens < t) in nats for t = 1 … T − 1: (B, T − 1) float32; never all logits in memory.
 
         Args:
-            cache_precision: read through an empty cache of this precision. None reads without a cache, unless the
-                configuration quantises the model's caches: then their cost belongs to the model's loss.
+            cache_precision: read through an empty cache of this precision. None reads as `forward` does.
         """
-        if cache_precision is not None or self.config.cache_precision != "model":
+        if cache_precision is not None:
             inputs["past_key_values"] = self.make_cache(cache_precision)
         hidden = self.hidden_states(input_ids, **inputs)[:, :-1]
         nats = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, input_ids[:, 1:].flatten(), "none")
