@@ -148,6 +148,7 @@ def test_a_quantised_cache_changes_little(name, precision, error):
         ("kv_dproj", 7680, 4224, 2304),
         ("gqa", 3072, 1632, 864),
         ("mla_256", 3072, 1632, 864),
+        ("mla_rope", 1728, 924, 492),
         ("mqa", 1536, 816, 432),
         ("mla", 1536, 816, 432),
         ("mla_64", 768, 408, 216),

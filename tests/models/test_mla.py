@@ -103,7 +103,7 @@ def test_on_quantised_latents_both_paths_equal_the_naive_twin_on_the_same_codes(
 
     def quantised(module, inputs, projected):
         q, latent = projected.flatten(0, 1).split([64, 40], dim=-1)
-        latent = reference.quantize_and_back(latent, BITS[precision], num_groups=2)
+        latent = reference.quantize_and_back(latent, BITS[precision], size=32)
         return torch.cat([q, latent], dim=-1).view_as(projected)
 
     with torch.no_grad():

@@ -1,12 +1,14 @@
 """Quantised numbers: what comes back, how far off, and what it takes."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.ops import reference
-from newllm.ops.quantize import BITS, bytes_per_number, dequantize, groups, quantize, vector_bytes
+from newllm.ops.quantize import BITS, bytes_per_number, dequantize, quantize, vector_bytes
 
 bits = st.sampled_from(list(BITS.values()))
 sizes = st.integers(1, 150)
@@ -20,8 +22,8 @@ def there_and_back(x, bits):
 def test_what_comes_back_equals_the_twin_and_is_half_a_step_away_at_most(bits, size, exponent, seed):
     x = torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
     back = there_and_back(x, bits)
-    assert torch.equal(back, reference.quantize_and_back(x, bits, groups(size)))
-    scales = quantize(x, bits)[1].double().repeat_interleave(size // groups(size), dim=1)
+    assert torch.equal(back, reference.quantize_and_back(x, bits, size=32))
+    scales = quantize(x, bits)[1].double().repeat_interleave(32, dim=1)[:, :size]
     assert ((back - x).abs() <= scales / 2 * (1 + 1e-9) + 4e-6).all()
 
 
@@ -32,17 +34,34 @@ def test_bytes_are_those_of_codes_and_scales(bits, size, tokens):
     assert vector_bytes(size, bits) == pytest.approx(size * bytes_per_number(size, bits))
 
 
-@pytest.mark.parametrize(("size", "int8", "int4"), [(32, 34, 18), (64, 68, 36), (128, 136, 72), (40, 44, 24)])
-def test_bytes_of_usual_sizes(size, int8, int4):
+@pytest.mark.parametrize(
+    ("size", "int8", "int4"),
+    [
+        (16, 18, 10),
+        (32, 34, 18),
+        (37, 41, 23),
+        (40, 44, 24),
+        (64, 68, 36),
+        (128, 136, 72),
+        (131, 141, 76),
+        (144, 154, 82),
+    ],
+)
+def test_bytes_of_usual_sizes_and_of_primes(size, int8, int4):
     assert (vector_bytes(size, 8), vector_bytes(size, 4)) == (int8, int4)
 
 
-@given(size=st.integers(1, 300))
-def test_groups_divide_the_vector_and_are_small(size):
-    n = groups(size)
-    assert size % n == 0
-    assert size // n <= 32
-    assert not any(size % fewer == 0 and size // fewer <= 32 for fewer in range(1, n))
+@given(size=st.integers(16, 3000))
+def test_scales_cost_an_eighth_of_a_byte_a_number_at_most(size):
+    assert bytes_per_number(size, 8) <= 1 + 2 / 16
+    assert bytes_per_number(size, 4) <= math.ceil(size / 2) / size + 2 / 16
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+def test_a_rotary_key_behind_a_latent_has_a_scale_of_its_own(bits):
+    latent, key = torch.randn(3, 128), 1000 * torch.randn(3, 16)
+    together = there_and_back(torch.cat([latent, key], dim=1), bits)
+    assert torch.equal(together, torch.cat([there_and_back(latent, bits), there_and_back(key, bits)], dim=1))
 
 
 @pytest.mark.parametrize("bits", BITS.values())

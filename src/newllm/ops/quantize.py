@@ -1,6 +1,7 @@
 """Numbers stored as small integers with a scale for each group: what quantised caches hold.
 
-A vector of d numbers is cut into n groups; group g holds whole numbers c with |c| ≤ Q and one float16 scale s:
+A vector of d numbers is cut into groups of 32, the last of them shorter where 32 does not divide d. Group g holds whole
+numbers c with |c| ≤ Q and one float16 scale s:
 
     s_g = max |x_g| / Q,    c = round(x / s_g),    x̂ = s_g · c,    Q = 127 (int8) or 7 (int4)
 
@@ -11,6 +12,7 @@ The twin is `reference.quantize_and_back`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,8 @@ from torch import Tensor
 
 # Bits of a code, by the name of the precision.
 BITS = {"int8": 8, "int4": 4}
-# A group has at most this many numbers: one outlier spoils the steps of its own group only.
-LARGEST_GROUP = 32
+# Numbers that share a scale: one outlier spoils the steps of its own group only.
+GROUP = 32
 # Numbers dequantised at once: what is needed only in between stays small, whatever the length of the cache.
 BLOCK = 2**19
 # Float16's smallest number and its largest: where scales end.
@@ -27,9 +29,8 @@ SCALE_RANGE = (2.0**-24, 65504.0)
 
 
 def groups(size: int) -> int:
-    """Groups of a vector of `size` numbers: as few as can be, all alike and none above LARGEST_GROUP."""
-    least = math.ceil(size / LARGEST_GROUP)
-    return next(n for n in range(least, size + 1) if size % n == 0)
+    """Groups of a vector of `size` numbers."""
+    return math.ceil(size / GROUP)
 
 
 def largest_code(bits: int) -> int:
@@ -43,7 +44,10 @@ def vector_bytes(size: int, bits: int) -> int:
 
 
 def bytes_per_number(size: int, bits: int) -> float:
-    """`vector_bytes` for each number: 1.0625 (int8) and 0.5625 (int4) where groups are full."""
+    """`vector_bytes` for each number: 1 + 2/32 (int8) and 1/2 + 2/32 (int4) where groups are full.
+
+    From 16 numbers on, scales add 2/16 at most, whatever the size.
+    """
     return vector_bytes(size, bits) / size
 
 
@@ -57,10 +61,13 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         scales: (…, groups(d)) float16.
     """
     Q = largest_code(bits)
-    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (groups(x.shape[-1]), -1))
-    scales = (grouped.abs().amax(dim=-1) / Q).clamp(*SCALE_RANGE).to(torch.float16)
-    # Divided by the scale that is kept: its own rounding adds no error, but may lead just beyond Q.
-    codes = (grouped / scales[..., None]).round().clamp(-Q, Q).to(torch.int8).flatten(-2)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    codes = torch.empty_like(exact, dtype=torch.int8)
+    scales = exact.new_empty(*x.shape[:-1], groups(x.shape[-1]), dtype=torch.float16)
+    for s, numbers, c in _grouped(scales, exact, codes):
+        s.copy_((numbers.abs().amax(dim=-1, keepdim=True) / Q).clamp(*SCALE_RANGE))
+        # Divided by the scale that is kept: its own rounding adds no error, but may lead just beyond Q.
+        c.copy_((numbers / s).round().clamp(-Q, Q))
     return (_pack(codes) if bits == 4 else codes), scales
 
 
@@ -69,10 +76,24 @@ def dequantize(codes: Tensor, scales: Tensor, bits: int, size: int, dtype: torch
     numbers = torch.empty(*codes.shape[:-1], size, dtype=dtype, device=codes.device)
     exact = torch.promote_types(dtype, torch.float32)
     tokens = max(1, BLOCK * codes.shape[-2] // numbers.numel())
-    for c, s, out in zip(*(x.split(tokens, dim=-2) for x in (codes, scales, numbers)), strict=True):
-        whole = _unpack(c, size) if bits == 4 else c
-        out.copy_((whole.unflatten(-1, (s.shape[-1], -1)) * s.to(exact)[..., None]).flatten(-2))
+    for block_codes, block_scales, block in zip(
+        *(x.split(tokens, dim=-2) for x in (codes, scales, numbers)), strict=True
+    ):
+        whole = _unpack(block_codes, size) if bits == 4 else block_codes
+        for s, c, out in _grouped(block_scales, whole, block):
+            out.copy_(c * s.to(exact))
     return numbers
+
+
+def _grouped(scales: Tensor, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views (…, k, 1) of scales (…, n) and (…, k, g) of vectors (…, d): the full groups, then a shorter last one."""
+    full = vectors[0].shape[-1] // GROUP
+    for count, part, numbers in (
+        (full, slice(full), slice(full * GROUP)),
+        (scales.shape[-1] - full, slice(full, None), slice(full * GROUP, None)),
+    ):
+        if count:
+            yield scales[..., part, None], *(x[..., numbers].unflatten(-1, (count, -1)) for x in vectors)
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -62,11 +62,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None]).squeeze(1)
 
 
-def quantize_and_back(x: Tensor, bits: int, num_groups: int) -> Tensor:
-    """What a quantised vector is read as: each group in whole steps of its largest number / Q. x: (N, d)."""
+def quantize_and_back(x: Tensor, bits: int, size: int) -> Tensor:
+    """What a quantised vector is read as: each `size` numbers in whole steps of their largest / Q. x: (N, d)."""
     Q = 2 ** (bits - 1) - 1
     out = torch.zeros_like(x)
-    size = x.shape[1] // num_groups
     for row in range(x.shape[0]):
         for start in range(0, x.shape[1], size):
             group = x[row, start : start + size].tolist()
