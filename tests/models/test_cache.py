@@ -95,6 +95,17 @@ def test_rows_can_be_repeated_selected_reset_exported_and_restored(precision):
         assert mask.tolist() == [[True] * 8, [False] * 5 + [True] * 3, [True] * 8, [True] * 8]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("reset", [False, True])
+def test_the_closed_form_of_bytes_counts_what_a_reset_row_needs(precision, reset):
+    plain, state = (state_of(p, ("latent",), None) for p in ("model", precision))
+    for s in (plain, state):
+        s.update(torch.randn(2, 1, 5, 37))
+        if reset:
+            s.reset_rows(torch.tensor([True, False]))
+    assert plain.bytes_at(precision) == sum(t.nbytes for t in state.tensors().values())
+
+
 def test_states_of_one_latent_and_of_keys_and_values():
     c = torch.randn(2, 1, 3, 8)
     latent, mask = LatentState(window=3).update(c, torch.ones(2, 3, dtype=torch.bool))

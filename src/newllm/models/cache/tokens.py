@@ -137,7 +137,8 @@ class TokenState(LayerState):
     def bytes_at(self, precision: str) -> int:
         if precision == "model":
             return super().bytes_at(precision)
-        return sum(x[..., 0].numel() * vector_bytes(x.shape[3], BITS[precision]) for x in self._views().values())
+        streams = sum(x[..., 0].numel() * vector_bytes(x.shape[3], BITS[precision]) for x in self._views().values())
+        return streams + (0 if self.hidden_before is None else self.hidden_before.nbytes)
 
     def tensors(self) -> dict[str, Tensor]:
         hidden = {} if self.hidden_before is None else {"hidden_before": self.hidden_before}
