@@ -107,8 +107,8 @@ class TrainingSettings:
     reconstruction_lr: float = 1e-3
     """Peak learning rate of the first phase, for models that have one (v_dproj with restore=two_phase)."""
     reconstruction_epochs: float = 10
-    """Passes of the first phase over the samples, with as many validation losses; fewer where --max-tokens or --patience
-    ends it."""
+    """Passes of the first phase over the samples, and as many validation losses; fewer where --max-tokens or
+    --patience ends it."""
     precision: Precision = "auto"
     """'auto' is bf16 autocast where the device computes it natively, else float32."""
     device: str = "auto"
