@@ -95,6 +95,69 @@ def test_rows_can_be_repeated_selected_reset_exported_and_restored(precision):
         assert mask.tolist() == [[True] * 8, [False] * 5 + [True] * 3, [True] * 8, [True] * 8]
 
 
+def damaged(exports, damage):
+    """The export of a quantised cache with the second layer spoiled in one way."""
+    good, other = exports
+    codes, scales = good["1.keys.codes"], good["1.keys.scales"]
+    return {
+        "other bits": {**good, **{name: t for name, t in other.items() if name.startswith("1.")}},
+        "a name missing": {name: t for name, t in good.items() if name != "1.values.scales"},
+        "a name too many": good | {"1.latent": scales},
+        "a layer missing": {name: t for name, t in good.items() if not name.startswith("1.")},
+        "a layer too many": good | {"2.seen": torch.tensor(5)},
+        "seen missing": {name: t for name, t in good.items() if name != "1.seen"},
+        "codes as numbers": good | {"1.keys.codes": codes.float()},
+        "scales too precise": good | {"1.keys.scales": scales.float()},
+        "a scale missing": good | {"1.keys.scales": scales[..., :-1]},
+        "another width": good | {"1.keys.codes": codes[..., :-3]},
+        "fewer heads": good | {"1.keys.codes": codes[:, :1], "1.keys.scales": scales[:, :1]},
+        "fewer tokens": good | {"1.keys.codes": codes[:, :, :-1], "1.keys.scales": scales[:, :, :-1]},
+        "fewer rows": good | {"1.keys.codes": codes[:1], "1.keys.scales": scales[:1]},
+        "no heads": good | {"1.keys.codes": codes[:, 0]},
+    }[damage]
+
+
+# Widths and heads of keys are known to a state that has read some, and to no other.
+DAMAGES_OF_FILLED_STATES = ("another width", "fewer heads")
+DAMAGES = (
+    *("other bits", "a name missing", "a name too many", "a layer missing", "a layer too many", "seen missing"),
+    *("codes as numbers", "scales too precise", "a scale missing", "fewer tokens", "fewer rows", "no heads"),
+)
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize(
+    ("damage", "filled"),
+    [(damage, filled) for damage in DAMAGES for filled in (False, True)]
+    + [(damage, True) for damage in DAMAGES_OF_FILLED_STATES],
+)
+def test_what_cannot_be_restored_is_refused_and_changes_nothing(damage, precision, filled):
+    def cache_of(precision, tokens):
+        cache = LMCache([KeyValueState(), KeyValueState()], precision)
+        for state in cache.layers if tokens else ():
+            state.update(torch.randn(2, 3, tokens, 40), torch.randn(2, 3, tokens, 40))
+        return cache
+
+    exports = [cache_of(p, 5).export() for p in (precision, *(other for other in QUANTISED if other != precision))]
+    cache = cache_of(precision, 7 if filled else 0)
+    before = cache.export()
+    with pytest.raises(ValueError, match=r"fit|cannot hold|not the states|one batch size"):
+        cache.restore(damaged(exports, damage))
+    after = cache.export()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    cache.restore(exports[0])
+    assert all(torch.equal(t, exports[0][name]) for name, t in cache.export().items())
+
+
+def test_a_state_alone_counts_tokens_only_once_it_is_restored():
+    state, other = state_of("int8", ("latent",), None), state_of("int4", ("latent",), None)
+    other.update(torch.randn(1, 1, 4, 64))
+    with pytest.raises(ValueError, match=r"latent\.codes does not fit into this state of precision 'int8'"):
+        state.restore(other.export())
+    assert (state.seen, state.tensors()) == (0, {})
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("reset", [False, True])
 def test_the_closed_form_of_bytes_counts_what_a_reset_row_needs(precision, reset):

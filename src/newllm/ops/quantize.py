@@ -20,6 +20,8 @@ from torch import Tensor
 
 # Bits of a code, by the name of the precision.
 BITS = {"int8": 8, "int4": 4}
+# What codes are stored in, by their bits.
+CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
 # Numbers that share a scale: one outlier spoils the steps of its own group only.
 GROUP = 32
 # Numbers dequantised at once: what is needed only in between stays small, whatever the length of the cache.

@@ -34,9 +34,21 @@ class LMCache(Cache):
         return {f"{n}.{name}": t for n, state in enumerate(self.layers) for name, t in state.export().items()}
 
     def restore(self, exported: dict[str, Tensor]) -> None:
+        """Takes the place of what `export` gave.
+
+        Raises ValueError, and changes nothing, for states that those of this cache cannot be.
+        """
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in exported.items():
+            layer, _, name = key.partition(".")
+            parts.setdefault(layer, {})[name] = tensor
+        expected = {str(n) for n in range(len(self.layers))}
+        if set(parts) != expected or not all("seen" in part for part in parts.values()):
+            raise ValueError(f"these are not the states of {len(self.layers)} layers: {', '.join(exported)}")
         for n, state in enumerate(self.layers):
-            prefix = f"{n}."
-            state.restore({name.removeprefix(prefix): t for name, t in exported.items() if name.startswith(prefix)})
+            state.check({name: tensor for name, tensor in parts[str(n)].items() if name != "seen"})
+        for n, state in enumerate(self.layers):
+            state.restore(parts[str(n)])
 
 
 def adopt(cache: Cache, make_cache: Callable[[], LMCache]) -> Cache:

@@ -43,8 +43,14 @@ class LayerState(CacheLayerMixin):
         """The live tensors that hold the state, each (B, …): views on the used part only."""
         raise NotImplementedError
 
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError for tensors that cannot be this state's; none at all are those of an empty state."""
+        sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if len({shape[:1] for shape in sizes.values()}) > 1:
+            raise ValueError(f"the tensors of a state have one batch size: these have the shapes {sizes}")
+
     def replace(self, tensors: dict[str, Tensor]) -> None:
-        """Puts other tensors in the place of `tensors()`."""
+        """Puts other tensors in the place of `tensors()`. Raises ValueError, and changes nothing, as `check` says."""
         raise NotImplementedError
 
     def reset_rows(self, rows: Tensor) -> None:
@@ -78,8 +84,10 @@ class LayerState(CacheLayerMixin):
         return copies | {"seen": torch.tensor(self.seen)}
 
     def restore(self, exported: dict[str, Tensor]) -> None:
-        self.seen = int(exported["seen"])
+        """Takes the place of what `export` gave. Raises ValueError, and changes nothing, as `check` says."""
+        seen = int(exported["seen"])
         self.replace({name: tensor.clone() for name, tensor in exported.items() if name != "seen"})
+        self.seen = seen
 
     # What Hugging Face asks of a cache layer.
     def get_seq_length(self) -> int:
@@ -122,6 +130,7 @@ class RecurrentState(LayerState):
         return dict(self.values_by_name)
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
+        self.check(tensors)
         self.values_by_name = dict(tensors)
 
     def reset(self) -> None:

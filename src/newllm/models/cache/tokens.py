@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from newllm.models.cache.state import LayerState
-from newllm.ops.quantize import BITS, dequantize, quantize, vector_bytes
+from newllm.ops.quantize import BITS, CODE_DTYPES, dequantize, groups, quantize, vector_bytes
 
 
 class TokenState(LayerState):
@@ -144,11 +144,30 @@ class TokenState(LayerState):
         hidden = {} if self.hidden_before is None else {"hidden_before": self.hidden_before}
         return self._views() | hidden
 
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        super().check(tensors)
+        streams = {name: tensor for name, tensor in tensors.items() if name != "hidden_before"}
+        if tensors and set(streams) != set(self._buffer_names):
+            raise ValueError(f"a state of precision '{self.precision}' cannot hold {', '.join(tensors)}")
+        bits = BITS.get(self.precision)
+        lengths = {x.shape[2:3] for x in streams.values()}
+        for name, x in streams.items():
+            old = self.buffers.get(name, x)
+            fits = x.dim() == 4 and len(lengths) == 1 and x.shape[1::2] == old.shape[1::2]
+            if bits is None:
+                fits &= x.is_floating_point()
+            elif name.endswith(".codes"):
+                fits &= x.dtype == CODE_DTYPES[bits]
+            else:
+                *places, width = streams[name.removesuffix("scales") + "codes"].shape
+                fits &= x.dtype == torch.float16 and x.shape == (*places, groups(width * 8 // bits))
+            if not fits:
+                shapes = {name: (*x.shape, x.dtype) for name, x in streams.items()}
+                raise ValueError(f"{name} does not fit into this state of precision '{self.precision}': {shapes}")
+
     def replace(self, tensors: dict[str, Tensor]) -> None:
-        given = {name: tensor for name, tensor in tensors.items() if name != "hidden_before"}
-        if given and set(given) != set(self._buffer_names):
-            raise ValueError(f"a state of precision '{self.precision}' cannot hold {', '.join(given)}")
-        self.buffers = {name: given[name] for name in self._buffer_names if given}
+        self.check(tensors)
+        self.buffers = {name: tensors[name] for name in self._buffer_names if tensors}
         self.hidden_before = tensors.get("hidden_before")
         self.start, self.stop = 0, self._capacity
 
