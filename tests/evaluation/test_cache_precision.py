@@ -4,10 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from newllm.evaluation.cache_precision import compare_precisions
+from newllm.evaluation.cache_precision import cache_cost, compare_precisions
 from newllm.evaluation.perplexity import evaluate, token_weighted_loss
-from newllm.models import create_model
+from newllm.models import TransformerLM, create_model
+from newllm.models.cache import PRECISIONS, RecurrentState
+from newllm.models.layers import Layer, PythiaLayer
 from newllm.settings import RunSettings
 
 SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 50}
@@ -58,3 +61,34 @@ def test_the_loss_of_a_model_whose_configuration_quantises_its_cache_is_taken_th
 def test_a_window_that_is_full_grows_no_more():
     row = compare_precisions(model_of("pythia", window=9), {"test": text(60)}, SETTINGS, ["int8"])[0]
     assert (row["cache_bytes_per_token"], row["state_bytes"]) == (0, 8 * 2 * 2 * 2 * 34)
+
+
+class Halves(Layer):
+    """Remembers the last token, as float16; or nothing at all."""
+
+    def __init__(self, hidden_size, remembers=True):
+        super().__init__()
+        self.remembers, self.linear = remembers, torch.nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x, *, positions, mask, state):
+        if state is not None and self.remembers:
+            state.write(x.shape[1], last=x[:, -1].half())
+        return x + self.linear(x)
+
+    def make_state(self):
+        return RecurrentState()
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtypes"),
+    [
+        (lambda: [Halves(64), PythiaLayer(64, 2, 64)], ["float32", "int8", "uint8"]),
+        (lambda: [Halves(64, False), PythiaLayer(64, 2, 64)], ["float32", "int8", "uint8"]),
+        (lambda: [Halves(64, False), Halves(64)], ["float16"] * 3),
+        (lambda: [Halves(64, False)], ["float32"] * 3),
+    ],
+)
+def test_the_dtype_of_a_mixed_cache_is_that_of_what_grows(layers, dtypes):
+    model = TransformerLM(layers=layers(), vocab_size=50)
+    for precision, dtype in zip(PRECISIONS, dtypes, strict=True):
+        assert cache_cost(model, text(60), SETTINGS, precision)["dtype"] == dtype

@@ -23,9 +23,9 @@ def compare_precisions(
     """One row for each precision of the cache, all on the same tokens of the same splits.
 
     The model reads every window through an empty cache of that precision and predicts from what it reads there. A row
-    has cache_precision, dtype (of what the cache holds), cache_bytes_per_token and state_bytes (as in
-    `efficiency.cache_figures`, at up to decode_context tokens), and for each split what `perplexity.evaluate` returns,
-    with delta_loss: nats a token above the first precision.
+    has cache_precision, dtype (of what grows with the text, or else of what the cache holds, or else of the model),
+    cache_bytes_per_token and state_bytes (as in `efficiency.cache_figures`, at up to decode_context tokens), and for
+    each split what `perplexity.evaluate` returns, with delta_loss: nats a token above the first precision.
     """
     rows: list[dict[str, Any]] = []
     for precision in precisions:
@@ -40,6 +40,7 @@ def compare_precisions(
 
 def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings, precision: str) -> dict[str, Any]:
     """dtype, cache_bytes_per_token and state_bytes of one row, read from the tensors of the cache."""
+    from newllm.models.cache import TokenState
     from newllm.training.devices import autocast, resolve_precision
 
     context = settings.decode_context
@@ -52,7 +53,10 @@ def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings
             model.hidden_states(ids, past_key_values=cache)
         measured[length] = cache_bytes(cache)._asdict()
     figures = cache_figures(measured)
+    # A recurrent state is stored as it is computed: the precision shows in the states that grow, where there are any.
+    growing_first = sorted(cache.layers, key=lambda state: not isinstance(state, TokenState))
+    dtypes = [tensor.dtype for state in growing_first for tensor in state.tensors().values()]
     return {
-        "dtype": str(next(iter(cache.layers[0].tensors().values())).dtype).removeprefix("torch."),
+        "dtype": str((dtypes or [model.dtype])[0]).removeprefix("torch."),
         **{key: figures[key] for key in ("cache_bytes_per_token", "state_bytes")},
     }
