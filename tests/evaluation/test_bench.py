@@ -195,6 +195,12 @@ def test_steps_of_the_warm_up_are_not_counted():
     assert len(work.decode_filled(**arguments, warmup=2, steps=3, seconds=1e-9)["seconds"]) == 1
 
 
+def test_there_need_not_be_a_warm_up(here):
+    settings = decode_settings(models=["pythia"], rivals=[], contexts=[12], batch_sizes=[1], warmup=0, seconds=60.0)
+    for row in bench.bench_decode(settings, quiet)["cases"][0]["rows"]:
+        assert row["cache_bytes"] == (12 + 2) * 2 * 2 * 32 * (2 if row["dtype"] == "bfloat16" else 4)
+
+
 def test_memory_is_that_of_the_cache_at_the_end_of_each_context(here):
     settings = MemoryBench(**SHAPE, models=MODELS, contexts=[64, 16], steps=4, dtype="float32")
     result = bench.bench_memory(settings, quiet)
@@ -231,6 +237,12 @@ def test_a_table_of_100_columns_then_one_line_of_json(here, capsys):
     [
         (TrainBench(models=["pithia"]), "did you mean 'pythia'"),
         (TrainBench(models=[]), "--models is empty"),
+        (TrainBench(seq_lengths=[]), "--seq-lengths is empty"),
+        (DecodeBench(contexts=[]), "--contexts is empty"),
+        (DecodeBench(batch_sizes=[]), "--batch-sizes is empty"),
+        (MemoryBench(contexts=[]), "--contexts is empty"),
+        (DecodeBench(rivals=["gpt_neo"]), "unknown rival 'gpt_neo' in --rivals: did you mean 'gpt_neox'"),
+        (DecodeBench(warmup=-1), "--warmup is -1: it must be at least 0"),
         (TrainBench(models=["pythia", "pythia"]), "--models names a model twice: pythia pythia"),
         (DecodeBench(rivals=["gpt_neox", "gpt_neox"]), "--rivals names a model twice: gpt_neox gpt_neox"),
         (TrainBench(rounds=0), "--rounds is 0: it must be at least 1"),

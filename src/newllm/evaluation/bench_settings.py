@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from newllm.settings import Precision, UserError
-
-Rival = Literal["gpt_neox", "gpt_neox_static", "deepseek_v3"]
+from newllm.evaluation.rivals import NAMES, Rival
+from newllm.settings import Precision, UserError, nearest
 
 
 @dataclass(kw_only=True)
@@ -44,20 +43,25 @@ class BenchSettings:
         return rivals + [{"model": model} | self.shape() for model in self.models]
 
     def check(self) -> None:
-        """Raises UserError for a value out of range or an unknown model, before anything starts."""
+        """Raises UserError for a value out of range or an unknown model or rival, before anything starts."""
         for name, value in asdict(self).items():
+            flag = f"--{name.replace('_', '-')}"
+            if value == [] and name != "rivals":  # ours may also be measured alone
+                raise UserError(f"{flag} is empty: it must have at least one value")
+            least = 0 if name == "warmup" else 1
             for number in value if isinstance(value, list) else [value]:
-                least = 1 if type(number) is int else 0
-                if type(number) in (int, float) and (number < least or number == 0):
-                    rule = "at least 1" if least else "more than 0"
-                    raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {rule}")
-        if not self.models:
-            raise UserError("--models is empty: name a preset, such as pythia")
+                if type(number) is int and number < least:
+                    raise UserError(f"{flag} is {value}: it must be at least {least}")
+                if type(number) is float and number <= 0:
+                    raise UserError(f"{flag} is {value}: it must be more than 0")
         for flag, names in (("--models", self.models), ("--rivals", self.rivals)):
             if len(set(names)) < len(names):  # rows are told apart by these names
                 raise UserError(f"{flag} names a model twice: {' '.join(names)}")
         from newllm.models import check_model_spec
 
+        for rival in self.rivals:
+            if rival not in NAMES:
+                raise nearest(rival, list(NAMES), "rival", "in --rivals")
         for model in self.models:
             check_model_spec(model, **self.shape())
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers.cache_utils import Cache
 
-NAMES = {
-    "gpt_neox": "GPT-NeoX, DynamicCache",
-    "gpt_neox_static": "GPT-NeoX, StaticCache",
-    "deepseek_v3": "DeepseekV3, DynamicCache",
-}
+Rival = Literal["gpt_neox", "gpt_neox_static", "deepseek_v3"]
+NAMES: tuple[Rival, ...] = get_args(Rival)
 # What our `mla` caches of a token.
 KV_LORA_RANK = 128
 
