@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.commands.bench import TABLE_WIDTH, run, table
-from newllm.evaluation import bench, cache_bytes
+from newllm.evaluation import bench, cache_bytes, processes
 from newllm.evaluation.bench_settings import BenchSettings, DecodeBench, MemoryBench, TrainBench
-from newllm.evaluation.processes import cause_of_death
 from newllm.evaluation.rivals import NAMES, build_rival, rival_cache
 from newllm.evaluation.worker import Work, build_model, weight_bytes
 from newllm.models import create_model
@@ -273,7 +272,28 @@ def test_wrong_settings_are_told_before_anything_starts(settings, message, monke
 def test_a_death_is_told_in_one_line(code, said):
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([sys.executable, "-c", code], stderr=errors, text=True)
-        assert cause_of_death(process, errors) == said
+        assert processes.cause_of_death(process, errors) == said
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("print('{\"seconds\": [1.', end='', flush=True); os._exit(3)", "the process ended with code 3"),
+        ("os.close(1); time.sleep(60)", "the process no longer answers, though it still runs"),
+    ],
+)
+def test_a_worker_that_answers_nothing_or_half_is_told_in_one_line(code, said, monkeypatch):
+    start = subprocess.Popen
+    command = [sys.executable, "-c", f"import os, time; {code}"]
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: start(command, **options))
+    monkeypatch.setattr(processes, "DEATH_SECONDS", 0.2 if "sleep" in code else 60.0)
+    worker = processes.Worker("gqa")
+    try:
+        with pytest.raises(processes.WorkerError) as error:
+            worker.call("train")
+        assert str(error.value) == f"gqa: train: {said}"
+    finally:
+        worker.close()
 
 
 def test_a_benchmark_runs_in_a_process_of_its_own(monkeypatch):

@@ -10,6 +10,9 @@ import sys
 import tempfile
 from typing import IO, Any
 
+# The time a process that has closed its output is given to end: a large one takes a while.
+DEATH_SECONDS = 10.0
+
 
 class WorkerError(RuntimeError):
     """A worker failed or died: one line that says what happened."""
@@ -37,7 +40,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps({"do": command, **arguments}), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # nothing, or half an answer
             raise WorkerError(f"{self.name}: {command}: {cause_of_death(self.process, self.errors)}")
         answer = json.loads(line)
         if "error" in answer:
@@ -52,7 +55,10 @@ class Worker:
 
 def cause_of_death(process: subprocess.Popen[str], errors: IO[str]) -> str:
     """One line on how a process ended, or is about to end: its signal, or its exit code and last line of `errors`."""
-    code = process.wait()
+    try:
+        code = process.wait(DEATH_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "the process no longer answers, though it still runs"
     if code == -signal.SIGKILL:
         return f"the process was killed (signal {-code}): out of memory?"
     if code < 0:
