@@ -21,6 +21,7 @@ from newllm.settings import UserError
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "vocab_size": 96}
 MODELS = ["pythia", "mqa:window=9", "pythia:cache_precision=int8"]
+SUBJECTS = [{"model": m} for m in MODELS] + [{"rival": r, "max_positions": 64, "kv_lora_rank": 16} for r in NAMES]
 
 
 def quiet(_: str) -> None:
@@ -60,12 +61,14 @@ def test_gpt_neox_has_the_weights_of_ours():
     assert len({sum(p.numel() for p in build_model(subject).parameters()) for subject in subjects}) == 1
 
 
-def test_deepseek_caches_one_latent_and_its_rotary_part_and_has_about_the_weights_of_ours():
+@pytest.mark.parametrize("rank", [64, 128])
+def test_deepseek_caches_one_latent_and_its_rotary_part_and_has_about_the_weights_of_ours(rank):
     shape = {"hidden_size": 512, "num_layers": 1, "num_heads": 8, "intermediate_size": 2048, "vocab_size": 64}
-    model = build_rival("deepseek_v3", 64, **shape).eval()
+    settings = BenchSettings(**shape, models=[], rivals=["deepseek_v3"], kv_lora_rank=rank)
+    model = build_model(*settings.subjects(64)).eval()
     with torch.no_grad():
         cache = model(torch.randint(64, (1, 10)), use_cache=True).past_key_values
-    assert cache_bytes(cache).used == 10 * (128 + 16) * 4
+    assert cache_bytes(cache).used == 10 * (rank + 16) * 4
     ours = sum(p.numel() for p in create_model("pythia", **shape).parameters())
     theirs = sum(p.numel() for p in model.parameters())
     assert theirs == pytest.approx(ours, rel=0.1)
@@ -73,7 +76,7 @@ def test_deepseek_caches_one_latent_and_its_rotary_part_and_has_about_the_weight
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rivals_decode_with_their_cache_as_without(name):
-    model = build_rival(name, 64, **SHAPE).eval()
+    model = build_rival(name, 64, kv_lora_rank=16, **SHAPE).eval()
     cache = rival_cache(name, model, 24)
     ids = torch.randint(96, (2, 20))
     with torch.no_grad():
@@ -85,7 +88,7 @@ def test_rivals_decode_with_their_cache_as_without(name):
 # Filling a cache in a moment.
 
 
-@pytest.mark.parametrize("subject", [{"model": m} for m in MODELS] + [{"rival": r, "max_positions": 64} for r in NAMES])
+@pytest.mark.parametrize("subject", SUBJECTS)
 def test_a_filled_cache_is_the_one_that_reading_gives(subject):
     work = work_on(**subject)
     ids = torch.randint(96, (1, 12))
@@ -101,7 +104,7 @@ def test_a_filled_cache_is_the_one_that_reading_gives(subject):
 
 
 @given(
-    subject=st.sampled_from([{"model": m} for m in MODELS] + [{"rival": r, "max_positions": 64} for r in NAMES]),
+    subject=st.sampled_from(SUBJECTS),
     rows=st.integers(1, 3),
     context=st.integers(1, 40),
     chunk=st.integers(1, 50),

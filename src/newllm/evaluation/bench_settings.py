@@ -17,6 +17,8 @@ class BenchSettings:
     """Presets or layer types of this project to measure, with options as in mla:cache_precision=int8."""
     rivals: list[Rival] = field(default_factory=lambda: ["gpt_neox", "gpt_neox_static", "deepseek_v3"])
     """Models of Hugging Face in the matching shape to measure beside them."""
+    kv_lora_rank: int = 128
+    """Numbers of the latent that deepseek_v3 caches of a token; the default is that of our mla."""
     hidden_size: int = 512
     """Width D of the residual stream."""
     num_layers: int = 6
@@ -39,7 +41,8 @@ class BenchSettings:
 
     def subjects(self, max_positions: int) -> list[dict[str, Any]]:
         """What `worker.build_model` needs to build the rivals and then the models."""
-        rivals = [{"rival": rival, "max_positions": max_positions} | self.shape() for rival in self.rivals]
+        options = {"max_positions": max_positions, "kv_lora_rank": self.kv_lora_rank}
+        rivals = [{"rival": rival} | options | self.shape() for rival in self.rivals]
         return rivals + [{"model": model} | self.shape() for model in self.models]
 
     def check(self) -> None:

@@ -10,16 +10,15 @@ if TYPE_CHECKING:
 
 Rival = Literal["gpt_neox", "gpt_neox_static", "deepseek_v3"]
 NAMES: tuple[Rival, ...] = get_args(Rival)
-# What our `mla` caches of a token.
-KV_LORA_RANK = 128
 
 
-def build_rival(name: str, max_positions: int, **shape: int) -> nn.Module:
+def build_rival(name: str, max_positions: int, kv_lora_rank: int, **shape: int) -> nn.Module:
     """An untrained rival.
 
     Args:
         name: one of NAMES.
         max_positions: longest context.
+        kv_lora_rank: numbers of the latent that deepseek_v3 caches of a token, beside its rotary key.
         shape: hidden_size, num_layers, num_heads, intermediate_size, vocab_size.
     """
     common: dict[str, Any] = {
@@ -30,13 +29,13 @@ def build_rival(name: str, max_positions: int, **shape: int) -> nn.Module:
         "max_position_embeddings": max_positions,
     }
     if name == "deepseek_v3":
-        return _deepseek_v3(common, shape["intermediate_size"])
+        return _deepseek_v3(common, kv_lora_rank, shape["intermediate_size"])
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     return GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=shape["intermediate_size"], **common))
 
 
-def _deepseek_v3(common: dict[str, Any], intermediate_size: int) -> nn.Module:
+def _deepseek_v3(common: dict[str, Any], kv_lora_rank: int, intermediate_size: int) -> nn.Module:
     """DeepseekV3 without experts: heads of our size, a quarter of it more for the rotary part, as in Pythia."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -49,7 +48,7 @@ def _deepseek_v3(common: dict[str, Any], intermediate_size: int) -> nn.Module:
             first_k_dense_replace=common["num_hidden_layers"],
             num_key_value_heads=common["num_attention_heads"],
             q_lora_rank=None,
-            kv_lora_rank=KV_LORA_RANK,
+            kv_lora_rank=kv_lora_rank,
             qk_nope_head_dim=head_size,
             qk_rope_head_dim=max(2, head_size // 8 * 2),
             v_head_dim=head_size,

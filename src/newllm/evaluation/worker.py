@@ -217,7 +217,7 @@ def build_model(subject: dict[str, Any]) -> nn.Module:
     """The model a subject names.
 
     {"folder": path, "plugin": file or None} loads a trained one; {"model": preset, "plugin": …, **shape} builds ours;
-    {"rival": name, "max_positions": n, **shape} builds one of Hugging Face's in that shape (`rivals.NAMES`).
+    {"rival": one of `rivals.NAMES`, "max_positions": n, "kv_lora_rank": r, **shape} builds one of Hugging Face's.
     """
     shape = dict(subject)
     plugin = shape.pop("plugin", None)
