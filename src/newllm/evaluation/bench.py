@@ -118,6 +118,8 @@ def bench_decode(settings: DecodeBench, progress: Progress) -> dict[str, Any]:
 def bench_memory(settings: MemoryBench, progress: Progress) -> dict[str, Any]:
     """Memory while one row is decoded up to each context, every model and rival in turn and alone on the machine.
 
+    Every figure comes from a fresh process: what an allocator holds back, and where, depends on what was done before.
+
     Returns:
         {"benchmark", "machine", "settings", "references", "cases": [{"context", "rows"}]}. A row has model,
         cache_bytes and cache_bytes_allocated (`cache_bytes` of the live cache), both also _per_token, resident_bytes
@@ -125,20 +127,18 @@ def bench_memory(settings: MemoryBench, progress: Progress) -> dict[str, Any]:
     """
     settings.check()
     device, _ = _device_and_precision(settings, "auto")
+    work = {"dtype": settings.dtype, "chunk": settings.fill_chunk, "steps": settings.steps}
     cases: list[dict[str, Any]] = [{"context": context, "rows": []} for context in sorted(settings.contexts)]
-    for subject in settings.subjects(max(settings.contexts)):
+    for case, subject in itertools.product(cases, settings.subjects(max(settings.contexts))):
+        context = case["context"]
         with contextlib.closing(Worker(_name(subject))) as worker:
-            progress(f"memory: starting {worker.name}")
+            progress(f"memory after {context:,} tokens: {worker.name}")
             worker.call("build", subject=subject, device=device, threads=settings.threads)
-            for case in cases:
-                context = case["context"]
-                progress(f"memory after {context:,} tokens: {worker.name}")
-                work = {"dtype": settings.dtype, "chunk": settings.fill_chunk, "steps": settings.steps}
-                answer = worker.call("decode_memory", context=context, **work)
-                row = {"model": worker.name}
-                for name, number in (("", answer.pop("used")), ("_allocated", answer.pop("allocated"))):
-                    row |= {f"cache_bytes{name}": number, f"cache_bytes{name}_per_token": number / context}
-                case["rows"].append(row | answer)
+            answer = worker.call("decode_memory", context=context, **work)
+        row = {"model": worker.name}
+        for name, number in (("", answer.pop("used")), ("_allocated", answer.pop("allocated"))):
+            row |= {f"cache_bytes{name}": number, f"cache_bytes{name}_per_token": number / context}
+        case["rows"].append(row | answer)
     return {"benchmark": "memory"} | _described(settings) | {"cases": cases}
 
 

@@ -7,10 +7,12 @@ input, {"do": name of a method of Work, **arguments}, and answers each with one 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -128,10 +130,14 @@ class Work:
             end.
         """
         self.infer(dtype)
-        self._read(1, 1)  # allocates what stays: packed weights, work space
+        short = min(chunk, context - steps)
+        self._fill(1, short, short, short + 1)
+        self._read(1, 1)  # the two allocate what stays: packed weights, work space, the pages of code that is used
         self.cache = None
+        trim_heap()
         resident = resident_bytes(self.device)
         self._fill(1, context - steps, chunk, context)
+        trim_heap()
         reset_peak(self.device)
         for _ in range(steps):
             self._read(1, 1)
@@ -244,6 +250,12 @@ def weight_bytes(model: nn.Module, rows: int) -> int:
 def _repeated(tensor: Tensor, rows: int, tokens: int) -> Tensor:
     """(1, N, c, d) → (rows, N, tokens, d), the tokens over and over again."""
     return tensor.repeat(rows, 1, -(-tokens // tensor.shape[2]), 1)[:, :, :tokens]
+
+
+def trim_heap() -> None:
+    """Gives what is freed back to the system, with glibc: the resident set is then what is in use."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes(device: torch.device) -> int:
