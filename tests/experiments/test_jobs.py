@@ -1,11 +1,14 @@
 """Several runs at a time: the rows of one at a time, and nobody is left behind however it ends."""
 
+import io
 import multiprocessing
 import os
+import queue
 import shlex
 import signal
 import sys
 import time
+import types
 
 import psutil
 import pytest
@@ -179,3 +182,10 @@ def test_jobs_and_their_threads(tiny, tmp_path, monkeypatch, changes, gigabytes,
 def test_zero_jobs_are_wrong_input(tiny, tmp_path):
     with pytest.raises(UserError, match="--jobs is 0"):
         tiny(tmp_path, jobs=0)
+
+
+def test_a_worker_killed_in_the_middle_of_an_answer_is_a_dead_worker():
+    worker, answers = object.__new__(jobs.Worker), queue.SimpleQueue()
+    worker.process = types.SimpleNamespace(stdout=io.StringIO('{"line": 1}\n{"li'))
+    worker._listen(answers)
+    assert [answers.get_nowait()[1], answers.get_nowait()[1]] == [{"line": 1}, None]

@@ -96,6 +96,8 @@ class Worker:
     def _listen(self, answers: queue.SimpleQueue[tuple[Worker, dict[str, Any] | None]]) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            if not line.endswith("\n"):
+                break  # killed while it answered
             answers.put((self, json.loads(line)))
         answers.put((self, None))
 
