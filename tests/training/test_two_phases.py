@@ -183,6 +183,9 @@ def test_a_comparison_shows_the_second_phase_and_says_that_there_was_a_first(tex
     assert min(point.get("train_loss", 9) for point in two_phase["curve"]) > 1
     assert two_phase["layers"] == "2 × v_dproj (restore=two_phase)"
     assert dict(facts(results))["First phase"] == f"{MODEL}: reconstruction, 2,560 more tokens"
+    other_seed = two_phase | {"seed": 1, "reconstruction": two_phase["reconstruction"] | {"tokens": 5120}}
+    facts_of_both = dict(facts(results | {"rows": [plain, two_phase, other_seed]}))
+    assert facts_of_both["First phase"] == f"{MODEL}: reconstruction, 2,560 to 5,120 more tokens"
 
 
 def test_a_whole_number_in_a_file_and_by_flag_have_one_hash():

@@ -250,8 +250,7 @@ def _budget(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         samples = f"{settings['samples']:,} windows" if settings.get("samples") else "the training split"
         said = [f"{settings.get('epochs') or 1:g} × {samples}"]
         if tokens := [row["tokens"] for row in rows if row.get("tokens")]:
-            same = min(tokens) == max(tokens)
-            said.append(f"{min(tokens):,} tokens" if same else f"{min(tokens):,} to {max(tokens):,} tokens")
+            said.append(f"{_span(tokens)} tokens")
     if settings.get("seq_length") and settings.get("batch_size"):
         batch = settings["batch_size"] * settings.get("gradient_accumulation", 1)
         said.append(f"{batch} windows of {settings['seq_length']} tokens in a step")
@@ -262,8 +261,17 @@ def _budget(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def _first_phases(rows: list[dict[str, Any]]) -> str:
     """What some models were trained on before the budget began."""
-    first = {row["model"]: row["reconstruction"] for row in rows if row.get("reconstruction")}
-    return "; ".join(f"{model}: reconstruction, {phase['tokens']:,} more tokens" for model, phase in first.items())
+    tokens: dict[str, list[int]] = {}
+    for row in rows:
+        if row.get("reconstruction"):
+            tokens.setdefault(row["model"], []).append(row["reconstruction"]["tokens"])
+    return "; ".join(f"{model}: reconstruction, {_span(counts)} more tokens" for model, counts in tokens.items())
+
+
+def _span(counts: list[int]) -> str:
+    """'2,560', or '2,560 to 5,120' where seeds differ."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _shape(settings: dict[str, Any]) -> str:
