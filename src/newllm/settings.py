@@ -98,6 +98,8 @@ class TrainingSettings:
     """First AdamW beta."""
     adam_beta2: float = 0.95
     """Second AdamW beta."""
+    gate_lr: float = 0.01
+    """Peak learning rate of the gates of compressive memories; at the model's rate they do not move."""
     max_grad_norm: float = 1.0
     """Gradient clipping; 0 turns it off."""
     batch_size: int | None = None
@@ -127,6 +129,26 @@ FIRST_PHASE = ("reconstruction_lr", "reconstruction_epochs")
 
 
 @dataclass(kw_only=True)
+class RecallSettings:
+    """Facts put into real text, and asked for segments later: what is trained on, and what is measured."""
+
+    recall_share: float = 0.0
+    """Share of the optimizer steps that train on windows with facts and questions instead of plain text."""
+    recall_segment: int = 32
+    """Tokens of a segment, by which distances are counted; for compressive memories their segment_length."""
+    recall_distances: list[int] = field(default_factory=lambda: [1, 4, 16])
+    """Segments between fact and question, each measured: so often has a memory been written when it is asked."""
+    recall_facts: int = 2
+    """Facts in a window, one of which is asked: telling them apart takes more than a list of what was said."""
+    recall_windows: int = 200
+    """Held-out windows for each distance."""
+
+
+SPECIAL = (*FIRST_PHASE, "gate_lr", *(f.name for f in dataclasses.fields(RecallSettings)))
+"""What only some models or some experiments use."""
+
+
+@dataclass(kw_only=True)
 class EvaluationSettings:
     """What is measured after training."""
 
@@ -150,7 +172,7 @@ class EvaluationSettings:
 
 
 @dataclass(kw_only=True)
-class CommonSettings(ShapeSettings, DataSettings, TrainingSettings, EvaluationSettings):
+class CommonSettings(ShapeSettings, DataSettings, TrainingSettings, RecallSettings, EvaluationSettings):
     """Everything the runs of a comparison share."""
 
     scale: str = "quickstart"
@@ -201,8 +223,9 @@ class RunSettings(CommonSettings):
             # eval_tokens and eval_batch_size also shape the validation loss that chooses the checkpoint.
             after = {field.name for field in dataclasses.fields(EvaluationSettings)}
             left_out |= after - {"eval_tokens", "eval_batch_size"}
-        # Most models have no first phase: what belongs to one counts only where it is set.
-        left_out |= {key for key in FIRST_PHASE if getattr(self, key) == getattr(TrainingSettings, key)}
+        # Most models have no first phase, no gates and no facts to learn: what belongs to one counts only where set.
+        defaults = RunSettings()
+        left_out |= {key for key in SPECIAL if getattr(self, key) == getattr(defaults, key)}
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         if self.plugin is not None:
             values["plugin"] = hashlib.sha256(Path(self.plugin).read_bytes()).hexdigest()
@@ -246,7 +269,7 @@ def resolve(settings: S) -> S:
 POSITIVE = (
     *("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "lr", "batch_size"),
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
-    *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE),
+    *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts", "recall_windows"),
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it.
 AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
@@ -262,7 +285,7 @@ def check(settings: CommonSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-    for name in ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share", "adam_beta1", "adam_beta2"):
+    for name in ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share", "adam_beta1", "adam_beta2", "recall_share"):
         value = getattr(settings, name)
         if not 0 <= value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
