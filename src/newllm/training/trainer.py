@@ -21,6 +21,7 @@ from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerS
 
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import TransformerLM
+from newllm.models.layers import Layer
 from newllm.models.reconstruction import Reconstruction
 from newllm.settings import RunSettings
 from newllm.training.callbacks import FlowCallback, Schedule
@@ -87,6 +88,18 @@ class LMTrainer(Trainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices, embeddings among them; not biases, norms and gates, which are vectors."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, and where layers have gates a third group: gate_lr with the same schedule, no weight decay."""
+        optimizer = super().create_optimizer(model)
+        layers = (module for module in self.model.modules() if isinstance(module, Layer))
+        gates = [gate for layer in layers for gate in layer.gate_parameters() if gate.requires_grad]
+        if gates:
+            ids = set(map(id, gates))
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+            optimizer.add_param_group({"params": gates, "lr": self.settings.gate_lr, "weight_decay": 0.0})
+        return optimizer
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """Our own autocast instead of accelerate's, which would patch the model's forward and upcast its outputs."""

@@ -82,6 +82,10 @@ class Layer(nn.Module):
         """What the first phase of training minimises, of every token of x (B, T, D): (B, T), in float32 at least."""
         raise NotImplementedError
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Parameters that learn at a rate of their own (`gate_lr`), without weight decay; mostly none."""
+        return []
+
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
         """The naive twin of `forward` without state: the same weights, formulas instead of speed."""
         raise NotImplementedError
