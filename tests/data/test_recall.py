@@ -1,0 +1,168 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from newllm.data import TokenFile, prepare
+from newllm.data.recall import MOST_WORDS, RecallDataset, RecallTask, WithRecall, recall_words
+from newllm.data.windows import IGNORED, WindowDataset
+from newllm.settings import RunSettings, UserError, resolve
+
+SEGMENT = 32
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    settings = RunSettings(vocab_size=2000, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return prepare(resolve(settings))
+
+
+def settings(**changes):
+    return resolve(RunSettings(**{"seq_length": 256, "recall_segment": SEGMENT, "recall_share": 0.5} | changes))
+
+
+@pytest.fixture(scope="module")
+def task(data):
+    return RecallTask(data, settings())
+
+
+def sentences(data, window, *kinds):
+    return [data.tokenizer.decode(window.ids[a:b].tolist()) for kind, a, b in window.parts if kind in kinds]
+
+
+def told_and_asked(sentence):
+    """(name, link, answer) of ' Know this: Hamlet keeps the sword.'"""
+    return tuple(sentence.rstrip(".").split(" ")[-4:])
+
+
+def test_words_are_whole_words_of_one_token(data):
+    words = recall_words(data.splits["train"], data.tokenizer)
+    again = recall_words(data.splits["train"], data.tokenizer)
+    assert (words.names, words.answers) == (again.names, again.answers)
+    assert 8 <= len(words.names) <= MOST_WORDS == len(words.answers)
+    assert {"Henry", "Caesar", "France"} <= set(words.names)
+    assert {"world", "night", "crown"} <= set(words.answers)
+    assert not {"What", "The", "Come"} & set(words.names), "words that only begin sentences name nobody"
+    assert not {"that", "with", "king"} & set(words.answers)
+    for kind, ids in ((words.names, words.name_ids), (words.answers, words.answer_ids)):
+        assert len(set(kind)) == len(kind)
+        encoded = [data.tokenizer.encode(" " + word, add_special_tokens=False) for word in kind]
+        assert encoded == [[id] for id in ids.tolist()]
+    assert 0.15 < words.held_out.mean() < 0.35
+
+
+def test_a_pair_is_held_out_whatever_other_words_there_are(data):
+    words = recall_words(data.splits["train"], data.tokenizer)
+    fewer = dataclasses.replace(words, names=words.names[::-2], answers=words.answers[5:25])
+    assert np.array_equal(fewer.held_out, words.held_out[::-2, 5:25])
+
+
+def test_sentences_encode_as_they_do_in_running_text(data, task):
+    for kind in ("fact", "question"):
+        for template in range(3):
+            ids, answer = task.sentence(kind, (1, 2), template)[1:]
+            text = data.tokenizer.decode(ids)
+            assert data.tokenizer.encode("Sir." + text)[-len(ids) :] == ids
+            assert ids[answer] == task.words.answer_ids[2]
+            assert text.endswith(f"{task.words.names[1]} {text.split()[-3]} the {task.words.answers[2]}.")
+
+
+@given(st.integers(2 * SEGMENT, 500), st.integers(0, 3), st.integers(0, 10**6))
+def test_training_windows_ask_every_fact_once_in_a_later_segment(data, task, length, seed, index):
+    window = task.training_window(length, seed, index)
+    assert len(window.ids) == length
+    assert all(start // SEGMENT == (stop - 1) // SEGMENT for _, start, stop in window.parts)
+    facts, questions = sentences(data, window, "fact"), sentences(data, window, "question")
+    assert sorted(map(told_and_asked, facts)) == sorted(map(told_and_asked, questions))
+    assert len({told_and_asked(fact)[0] for fact in facts}) == len({told_and_asked(f)[-1] for f in facts}) == len(facts)
+    assert len(questions) == len(window.answers) == len(window.told) >= 1
+    place = {
+        told_and_asked(data.tokenizer.decode(window.ids[a:b].tolist())): a for k, a, b in window.parts if k == "fact"
+    }
+    for kind, start, stop in window.parts:
+        if kind == "question":
+            pair = told_and_asked(data.tokenizer.decode(window.ids[start:stop].tolist()))
+            assert place[pair] // SEGMENT < start // SEGMENT
+            name, answer = task.words.names.index(pair[0]), task.words.answers.index(pair[-1])
+            assert not task.words.held_out[name, answer]
+    labels = window.labels()
+    assert sorted(np.flatnonzero(labels != IGNORED)) == sorted(window.answers)
+    assert set(labels[window.answers]) == set(task.words.answer_ids[window.told])
+
+
+@given(st.integers(1, 20), st.integers(0, 10**6))
+def test_evaluation_windows_tell_first_and_ask_last(data, task, distance, index):
+    window = task.evaluation_window(distance, index)
+    assert len(window.ids) == (distance + 1) * SEGMENT
+    (fact,), (question,) = sentences(data, window, "fact"), sentences(data, window, "question")
+    assert told_and_asked(fact) == told_and_asked(question)
+    assert len(sentences(data, window, "other fact")) == 1
+    places = {kind: (start // SEGMENT, (stop - 1) // SEGMENT) for kind, start, stop in window.parts}
+    assert places == {"fact": (0, 0), "other fact": (0, 0), "question": (distance, distance)}
+    assert window.ids[window.answers[0]] == task.words.answer_ids[window.told[0]]
+    name = told_and_asked(fact)[0]
+    assert task.words.held_out[task.words.names.index(name), window.told[0]]
+
+
+def test_without_the_sentences_a_window_is_contiguous_text(data, task):
+    for window, split in ((task.training_window(256, 0, 5), "train"), (task.evaluation_window(7, 1), "test")):
+        text = np.ones(len(window.ids), dtype=bool)
+        for _, start, stop in window.parts:
+            text[start:stop] = False
+        window_text = window.ids[text].astype(data.splits[split].ids.dtype).tobytes()
+        assert window_text in np.asarray(data.splits[split].ids).tobytes()
+
+
+def test_more_facts_than_a_segment_holds_go_into_the_ones_after_it(data):
+    task = RecallTask(data, settings(recall_facts=8))
+    segments = [start // SEGMENT for kind, start, _ in task.evaluation_window(4, 0).parts if kind != "question"]
+    assert len(segments) == 8
+    assert max(segments) == 7 // task.sentences_per_segment
+    (asked,) = [start // SEGMENT for kind, start, _ in task.evaluation_window(4, 0).parts if kind == "fact"]
+    assert asked == 0
+
+
+def test_items_depend_on_seed_and_index_alone(data):
+    first, second = (RecallDataset(data, settings(), seed=0) for _ in range(2))
+    other = RecallDataset(data, settings(), seed=1)
+    backwards = [second[index] for index in (9, 4, 0)][::-1]
+    for index, item in zip((0, 4, 9), backwards, strict=True):
+        assert all(torch.equal(first[index][key], item[key]) for key in item)
+        assert not torch.equal(first[index]["input_ids"], other[index]["input_ids"])
+    assert not torch.equal(first[0]["input_ids"], first[1]["input_ids"])
+
+
+def test_recall_follows_the_last_text_window(data):
+    windows, recall = WindowDataset(data.splits["train"], 256, samples=10), RecallDataset(data, settings(), 0)
+    both = WithRecall(windows, recall)
+    assert len(both) == 10
+    assert torch.equal(both[9]["input_ids"], windows[9]["input_ids"])
+    assert torch.equal(both[10]["labels"], recall[0]["labels"])
+    assert both[10]["input_ids"].dtype == both[10]["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recall_segment": 5}, r"--recall-segment is 5: .* it must be at least \d+"),
+        ({"recall_segment": 200}, "--recall-segment is 200: .* at most 128 is possible"),
+        ({"recall_facts": 50}, "--recall-facts is 50: at most .* fit into 1 segments of 32 tokens"),
+        ({"recall_distances": [0, 4]}, "none below 1"),
+        ({"recall_distances": []}, "give at least one"),
+        ({"recall_distances": [10**6]}, "--recall-distances: a distance of 1000000 takes 32,000,032 tokens"),
+    ],
+)
+def test_what_no_window_can_be_made_of_is_one_line(data, changes, message):
+    values = settings(**changes)
+    with pytest.raises(UserError, match=message):
+        RecallDataset(data, values, seed=0).task.check_evaluation(values.recall_distances)
+
+
+def test_a_text_without_names_is_one_line(data):
+    ids = np.array(data.tokenizer.encode("the night and the moon and the night. " * 50), dtype=np.uint16)
+    tokens = TokenFile(ids, np.array([0, len(ids)]), 100, ["night"])
+    with pytest.raises(UserError, match=r"only 0 capitalised words .* a larger --vocab-size or more text"):
+        recall_words(tokens, data.tokenizer)
