@@ -80,8 +80,8 @@ def test_naive_twin_equals_parallel_in_outputs_and_gradients(name, options):
         torch.testing.assert_close(fast[real], slow[real], rtol=1e-10, atol=1e-10)
         wanted = [x, *layer.parameters()]
         for ours, theirs in zip(
-            torch.autograd.grad((fast * weight).sum(), wanted),
-            torch.autograd.grad((slow * weight).sum(), wanted),
+            torch.autograd.grad((fast * weight).sum(), wanted, materialize_grads=True),
+            torch.autograd.grad((slow * weight).sum(), wanted, materialize_grads=True),
             strict=True,
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
@@ -98,8 +98,8 @@ def test_chunked_at_any_split_equals_parallel_in_outputs_and_gradients(name, opt
     weight = torch.randn_like(whole)
     wanted = [x, *layer.parameters()]
     for ours, theirs in zip(
-        torch.autograd.grad((chunked * weight).sum(), wanted),
-        torch.autograd.grad((whole * weight).sum(), wanted),
+        torch.autograd.grad((chunked * weight).sum(), wanted, materialize_grads=True),
+        torch.autograd.grad((whole * weight).sum(), wanted, materialize_grads=True),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

@@ -74,3 +74,36 @@ def quantize_and_back(x: Tensor, bits: int, size: int) -> Tensor:
                 if step:
                     out[row, start + n] = step * max(-Q, min(Q, round(number / step)))
     return out
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """ELU(x) + 1, number by number."""
+    return torch.where(x > 0, x + 1, x.exp())
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One query at a time: the mean of the values up to it, weighted by σ(q)·σ(k). Shapes as the fast form's."""
+    rows = []
+    for t in range(q.shape[2]):
+        weights = feature_map(k[:, :, : t + 1]) @ feature_map(q[:, :, t, :, None])  # (B, H, t + 1, 1)
+        rows.append((weights * v[:, :, : t + 1]).sum(dim=2) / weights.sum(dim=2))
+    return torch.stack(rows, dim=2)
+
+
+def write_memory(k: Tensor, v: Tensor, matrix: Tensor, normaliser: Tensor, delta: bool) -> tuple[Tensor, Tensor]:
+    """A segment's keys (S, d) and values (S, dv), token by token, into M (d, dv) and z (d): both after it."""
+    new_matrix, new_normaliser = matrix, normaliser
+    for key, value in zip(feature_map(k), v, strict=True):
+        known = read_memory_features(key, matrix, normaliser) if delta else 0
+        new_matrix = new_matrix + torch.outer(key, value - known)
+        new_normaliser = new_normaliser + key
+    return new_matrix, new_normaliser
+
+
+def read_memory(q: Tensor, matrix: Tensor, normaliser: Tensor) -> Tensor:
+    """What one query (d) finds in a memory M (d, dv), z (d): (dv); zeros in an empty one."""
+    return read_memory_features(feature_map(q), matrix, normaliser)
+
+
+def read_memory_features(feature: Tensor, matrix: Tensor, normaliser: Tensor) -> Tensor:
+    return feature @ matrix / (feature @ normaliser) if normaliser.any() else torch.zeros_like(matrix[0])

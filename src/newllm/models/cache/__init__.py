@@ -5,6 +5,7 @@ reset row by row, measured from its live tensors, exported and restored.
 """
 
 from newllm.models.cache.lm import LMCache, adopt
+from newllm.models.cache.memory import MemoryState
 from newllm.models.cache.state import PRECISIONS, LayerState, RecurrentState, bytes_of, check_precision
 from newllm.models.cache.tokens import KeyValueState, LatentState, TokenState
 
@@ -14,6 +15,7 @@ __all__ = [
     "LMCache",
     "LatentState",
     "LayerState",
+    "MemoryState",
     "RecurrentState",
     "TokenState",
     "adopt",

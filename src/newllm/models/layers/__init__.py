@@ -8,15 +8,21 @@ from newllm.models.layers.base import LAYER_TYPES, MLP, Layer, create_layer, lay
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+from newllm.models.layers.hierarchical import HierarchicalLayer  # noqa: E402
+from newllm.models.layers.infini import InfiniLayer  # noqa: E402
 from newllm.models.layers.mla import MLALayer  # noqa: E402
+from newllm.models.layers.multi_memory import MultiMemoryLayer  # noqa: E402
 from newllm.models.layers.pythia import PythiaLayer  # noqa: E402
 from newllm.models.layers.v_dproj import VDProjLayer  # noqa: E402
 
 __all__ = [
     "LAYER_TYPES",
     "MLP",
+    "HierarchicalLayer",
+    "InfiniLayer",
     "Layer",
     "MLALayer",
+    "MultiMemoryLayer",
     "PythiaLayer",
     "VDProjLayer",
     "create_layer",

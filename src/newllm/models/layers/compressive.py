@@ -1,0 +1,383 @@
+"""What all layers with compressive memories have in common: segments, local attention, writing, gating.
+
+The layer types differ in how many memories there are and how what is read from them is mixed, each in its own file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from newllm.models.cache import MemoryState
+from newllm.models.layers.base import MLP, Layer
+from newllm.models.linear import Linear
+from newllm.models.positions import RotaryPosition, create_position, position_spec
+from newllm.ops import reference
+from newllm.ops.attention import causal_attention
+from newllm.ops.linear_attention import causal_linear_attention, feature_map
+from newllm.ops.memory import Found, read, read_segments, write
+from newllm.settings import UserError, nearest
+
+LOCAL = ("softmax", "linear")
+MEMORY_GRAD = ("through", "detach")
+
+
+class CompressiveLayer(Layer):
+    """x + mixed(ln1 x) + mlp(ln2 x), where mixed = g · (read from memory) + (1 − g) · (attention within the segment).
+
+    The text is read in segments of S tokens. A token attends to its own segment up to itself, and reads from N memories
+    what earlier segments wrote: σ(q) M / (σ(q)·z). When a segment is full it is written to the memory whose turn it is:
+    M += σ(K)ᵀ V', z += Σ σ(K), with V' = V or, by the delta rule, V − σ(K) M / (σ(K) z). Memory and attention share
+    queries, keys and values; those of the memory carry no position. g = sigmoid(β), one for each memory head; while the
+    memories are empty, the local attention alone counts.
+
+    A segment is S real tokens of its row, wherever padding stands.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        num_memories: int,
+        segments_per_memory: int,
+        segment_length: int,
+        local: str,
+        position: str | dict[str, Any],
+        memory_head_dim: int | None,
+        use_delta_rule: bool,
+        memory_grad: str,
+    ) -> None:
+        super().__init__()
+        memory_head_dim = hidden_size if memory_head_dim is None else memory_head_dim
+        check_count("segment_length", segment_length)
+        check_count("memory_head_dim", memory_head_dim)
+        for name, size in (("num_heads", num_heads), ("memory_head_dim", memory_head_dim)):
+            if hidden_size % size:
+                raise UserError(f"hidden_size {hidden_size} does not divide into {name} {size}")
+        for name, value, valid in (("local", local, LOCAL), ("memory_grad", memory_grad, MEMORY_GRAD)):
+            if value not in valid:
+                raise nearest(str(value), list(valid), name, f"of layer type '{self.type_name}'")
+        self.position = create_position(position)
+        self._arguments |= {"position": position_spec(self.position), "memory_head_dim": memory_head_dim}
+        self.num_memories, self.segments_per_memory = num_memories, segments_per_memory
+        self.num_heads, self.head_size = num_heads, hidden_size // num_heads
+        self.num_memory_heads, self.memory_head_dim = hidden_size // memory_head_dim, memory_head_dim
+        self.segment_length, self.local = segment_length, local
+        self.use_delta_rule, self.memory_grad = use_delta_rule, memory_grad
+        # Memories that are read but not written. No part of the spec: set for a while, see `models/memory.py`.
+        self.frozen: set[int] = set()
+        self.norm_attention = nn.LayerNorm(hidden_size)
+        self.norm_mlp = nn.LayerNorm(hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.out = Linear(hidden_size, hidden_size)
+        self.mlp = MLP(hidden_size, intermediate_size)
+        if num_memories:
+            self.beta = nn.Parameter(torch.zeros(self.num_memory_heads))
+        self._make_mixer()
+
+    def _make_mixer(self) -> None:
+        """The parameters of `mix`, where it has any."""
+
+    def reset_parameters(self) -> None:
+        if self.num_memories:
+            nn.init.zeros_(self.beta)  # g = 1/2
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return [self.beta] if self.num_memories else []
+
+    def gates(self) -> Tensor:
+        """g of each memory head (Hm,), detached; none without memories."""
+        return self.beta.detach().sigmoid() if self.num_memories else torch.zeros(0)
+
+    def mix(self, q: Tensor, found: Found) -> Tensor:
+        """One read of each query, from what it found in N memories: (B, Hm, G, S, d); q (B, Hm, G, S, d) features."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: MemoryState | None) -> Tensor:  # type: ignore[override]
+        T = x.shape[1]
+        q, k, v = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)  # (B, T, D)
+        real = None if mask is None else mask[:, mask.shape[1] - T :]
+        if state is None:
+            mixed = self._whole(q, k, v) if real is None else self._chunk(q, k, v, real, self.make_state())
+        else:
+            mixed = self._token(q, k, v, real, state) if T == 1 else self._chunk(q, k, v, real, state)
+        return self._finish(x, mixed)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A whole text without padding (B, T, D): its first token begins the first segment of every row."""
+        B, T, _ = q.shape
+        G = -(-T // self.segment_length)
+        grid = [F.pad(x, (0, 0, 0, G * self.segment_length - T)) for x in (q, k, v)]
+        memory = self._empty_memory(q)
+        mixed, _ = self._segments(
+            *grid, memory, torch.full((B,), T // self.segment_length, device=q.device), last=False
+        )
+        return mixed[:, :T]
+
+    def _chunk(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
+        """Any number of tokens (B, T, D) after what the state holds.
+
+        Every row's real tokens, those of its pending segment first, are laid side by side into segments, and what
+        becomes of the new ones is picked from there.
+
+        real: (B, T) bool; None if all are.
+        """
+        B, T, _ = q.shape
+        S = self.segment_length
+        memory, keys, values, filled = self._open(state, k)
+        held = torch.arange(S, device=q.device) >= S - filled[:, None]
+        real = torch.ones(B, T, dtype=torch.bool, device=q.device) if real is None else real
+        present = torch.cat([held, real], dim=1)  # (B, S + T)
+        ranks = present.cumsum(dim=1)
+        count = ranks[:, -1]
+        G = -(-(S - 1 + T) // S)
+        size = G * S
+        slots = torch.where(present, ranks - 1, size)  # what is not there goes to a slot behind the last
+        k, v = (lay_out(torch.cat(parts, dim=1), slots, size) for parts in ((keys, k), (values, v)))
+        mixed, memory = self._segments(lay_out(q, slots[:, S:], size), k, v, memory, count // S, last=True)
+        newest = (count[:, None] - S + torch.arange(S, device=q.device)).clamp(min=0)
+        state.store(T, **memory, keys=pick(k, newest), values=pick(v, newest), filled=count % S)
+        return pick(mixed, slots[:, S:].clamp(max=size - 1))
+
+    def _token(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
+        """One token (B, 1, D) after what the state holds: `_chunk` for a single query."""
+        S = self.segment_length
+        memory, old_keys, old_values, old_filled = self._open(state, k)
+        keys, values = (torch.cat([old[:, 1:], x], dim=1) for old, x in ((old_keys, k), (old_values, v)))
+        filled = old_filled + 1
+        held = torch.arange(S, device=q.device) >= S - filled[:, None]
+        mixed = self._attend_last(q, keys, values, held)
+        if self.num_memories:
+            features = self._features(q.unsqueeze(1))
+            reads, mass = read(features.unsqueeze(1), memory["matrix"].unsqueeze(3), memory["normaliser"].unsqueeze(3))
+            mixed = self._gate(features, Found(reads, mass, memory["normaliser"].unsqueeze(3)), mixed)
+        if real is not None:  # a row that reads padding stays as it is
+            keys, values = (torch.where(real[..., None], *pair) for pair in ((keys, old_keys), (values, old_values)))
+            filled = torch.where(real[:, 0], filled, old_filled)
+        full = filled == S
+        if full.any():
+            memory = self._write(keys, values, memory, full)
+        state.store(1, **memory, keys=keys, values=values, filled=filled.masked_fill(full, 0))
+        return mixed[:, 0]
+
+    def write_pending(self, state: MemoryState) -> None:
+        """Writes every row's pending tokens as a segment of their own, as where a text ends."""
+        values = state.tensors()
+        if not values.keys() >= {"keys", "filled"}:
+            return
+        filled, memory = values["filled"], state.memory()
+        held = torch.arange(self.segment_length, device=filled.device) >= self.segment_length - filled[:, None]
+        memory = self._write(values["keys"], values["values"], memory, filled > 0, held)
+        state.store(0, **memory, filled=torch.zeros_like(filled))
+
+    def _segments(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: dict[str, Tensor], complete: Tensor, *, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """All of G segments (B, G·S, D), the first `complete` (B,) of which are full and written.
+
+        last: whether what becomes of the memories after the last segment matters.
+        """
+        q, k, v = (x.unflatten(1, (-1, self.segment_length)) for x in (q, k, v))  # (B, G, S, D)
+        mixed = self._attend(q, k, v)
+        if self.num_memories:
+            G = q.shape[1]
+            order = torch.arange(G, device=q.device)
+            turns = self._turns(memory["written"][:, None] + order).masked_fill(order >= complete[:, None], -1)
+            features = self._features(q)
+            found, matrix, normaliser = read_segments(
+                features,
+                *self._to_write(k, v),
+                memory["matrix"],
+                memory["normaliser"],
+                turns,
+                delta=self.use_delta_rule,
+                last=last,
+            )
+            mixed = self._gate(features, found, mixed)
+            memory = memory | {"matrix": matrix, "normaliser": normaliser}
+        return mixed.flatten(1, 2), memory | {"written": memory["written"] + complete}
+
+    def _write(
+        self, keys: Tensor, values: Tensor, memory: dict[str, Tensor], rows: Tensor, held: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Writes (B, S, D) in the rows where `rows` (B,) is True; held (B, S): the tokens that are there, or all."""
+        if self.num_memories:
+            turns = self._turns(memory["written"]).masked_fill(~rows, -1)
+            k, v = (x[:, :, 0] for x in self._to_write(keys.unsqueeze(1), values.unsqueeze(1)))
+            if held is not None:
+                k = k * held[:, None, :, None]
+            matrix, normaliser = write(k, v, memory["matrix"], memory["normaliser"], turns, delta=self.use_delta_rule)
+            memory = memory | {"matrix": matrix, "normaliser": normaliser}
+        return memory | {"written": memory["written"] + rows}
+
+    def _turns(self, segments: Tensor) -> Tensor:
+        """The memory to which each segment, counted from the row's first, is written; −1 if all are frozen."""
+        open_ones = [n for n in range(self.num_memories) if n not in self.frozen]
+        if not open_ones:
+            return torch.full_like(segments, -1)
+        return torch.tensor(open_ones, device=segments.device)[segments // self.segments_per_memory % len(open_ones)]
+
+    def _open(self, state: MemoryState, like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """The memory of a state, its pending keys and values (B, S, D), and their number (B,)."""
+        state.begin(len(like))
+        held = state.tensors()
+        memory = state.memory() or self._empty_memory(like)
+        if "keys" not in held:
+            nothing = like.new_zeros(len(like), self.segment_length, like.shape[2])
+            return memory, nothing, nothing, torch.zeros(len(like), dtype=torch.long, device=like.device)
+        return memory, held["keys"], held["values"], held["filled"]
+
+    def _empty_memory(self, like: Tensor) -> dict[str, Tensor]:
+        """Memories of zeros for the rows of `like` (B, T, D)."""
+        rows, dtype = len(like), torch.promote_types(like.dtype, torch.float32)
+        empty = {"written": torch.zeros(rows, dtype=torch.long, device=like.device)}
+        if self.num_memories:
+            shape = (rows, self.num_memories, self.num_memory_heads, self.memory_head_dim)
+            empty["normaliser"] = torch.zeros(shape, dtype=dtype, device=like.device)
+            empty["matrix"] = torch.zeros(*shape, self.memory_head_dim, dtype=dtype, device=like.device)
+        return empty
+
+    def _memory_heads(self, x: Tensor) -> Tensor:
+        """(B, G, S, D) to (B, Hm, G, S, d), in float32 at least."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.unflatten(-1, (self.num_memory_heads, self.memory_head_dim)).movedim(3, 1)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """σ of queries or keys (B, G, S, D), in memory heads (B, Hm, G, S, d)."""
+        return feature_map(self._memory_heads(x))
+
+    def _to_write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, S, D) as memories take them: features (B, Hm, G, S, d), and values of that shape."""
+        if self.memory_grad == "detach":
+            k, v = k.detach(), v.detach()
+        return self._features(k), self._memory_heads(v)
+
+    def _gate(self, q: Tensor, found: Found, local: Tensor) -> Tensor:
+        """g · read + (1 − g) · local, in the shape and dtype of local (B, G, S, D); g = 0 where nothing was written."""
+        gate = torch.where(found.mass.sum(dim=1) > 0, self.beta.sigmoid().to(q.dtype).view(-1, 1, 1), 0).unsqueeze(-1)
+        local_heads = self._memory_heads(local)
+        mixed = local_heads + gate * (self.mix(q, found) - local_heads)
+        return mixed.movedim(1, 3).flatten(3).to(local.dtype)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention within each segment (B, G, S, D). Slots behind a row's text are seen by none of it."""
+        shape, slots = q.shape, torch.arange(self.segment_length, device=q.device)[None]
+        q, k, v = (self._local_heads(x.flatten(0, 1)) for x in (q, k, v))
+        if self.local == "linear":
+            mixed = causal_linear_attention(q, k, v)
+        else:
+            q, k = self.position.rotate(q, slots), self.position.rotate(k, slots)
+            mixed = causal_attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device))
+        return mixed.transpose(1, 2).reshape(shape)
+
+    def _attend_last(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor) -> Tensor:
+        """The last token's attention to a segment that fills its slots (B, S, D) from the end: (B, 1, 1, D).
+
+        held: (B, S) bool, the slots that are filled.
+        """
+        S = k.shape[1]
+        q, k, v = (self._local_heads(x) for x in (q, k, v))  # (B, H, 1, d), (B, H, S, d)
+        if self.local == "linear":
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            weights = feature_map(q.to(dtype)) @ feature_map(k.to(dtype)).transpose(2, 3)  # (B, H, 1, S)
+            weights = weights * held[:, None, None]
+            mixed = (weights @ v.to(dtype) / weights.sum(dim=-1, keepdim=True)).to(q.dtype)
+        else:
+            slots = torch.arange(S, device=q.device)[None]
+            q, k = self.position.rotate(q, slots[:, -1:]), self.position.rotate(k, slots)
+            mixed = causal_attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device), mask=held)
+        return mixed.transpose(1, 2).flatten(2).unsqueeze(1)
+
+    def _local_heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, H, T, d)."""
+        return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Output projection of what was mixed (B, T, D), MLP, and the residual."""
+        return x + self.out(mixed) + self.mlp(self.norm_mlp(x))
+
+    def make_state(self) -> MemoryState:
+        return MemoryState()
+
+    def memory_bytes(self, element_size: int = 4) -> int:
+        """Closed form of one row's memories: N·Hm·(d² + d) numbers, of 4 bytes unless the model is in float64."""
+        d = self.memory_head_dim
+        return self.num_memories * self.num_memory_heads * (d * d + d) * max(element_size, 4)
+
+    def state_bytes(self, tokens: int, element_size: int) -> int:
+        pending = 2 * self.segment_length * self.num_heads * self.head_size * element_size
+        return self.memory_bytes(element_size) + pending + 2 * 8  # and two counts, int64
+
+    def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Row by row, token by token, head by head, over the real tokens alone."""
+        qkv = self.qkv(self.norm_attention(x))
+        rows = []
+        for b, row in enumerate(qkv):
+            real = torch.arange(len(row)) if mask is None else mask[b].nonzero()[:, 0]
+            mixed = torch.zeros_like(row[:, : x.shape[2]])
+            rows.append(mixed.index_copy(0, real, self._reference_row(*row[real].chunk(3, dim=1))))
+        return self._finish(x, torch.stack(rows))
+
+    def _reference_row(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The mixed values (T, D) of one row of real tokens."""
+        S, N, Hm, d = self.segment_length, self.num_memories, self.num_memory_heads, self.memory_head_dim
+        # memory[n][h] = (M, z)
+        memory = [[(q.new_zeros(d, d), q.new_zeros(d)) for _ in range(Hm)] for _ in range(N)]
+        out = []
+        for number, start in enumerate(range(0, len(q), S)):
+            segment = slice(start, start + S)
+            local = self._reference_local(q[segment], k[segment], v[segment])
+            heads = [[x[segment].split(d, dim=1)[h] for x in (q, k, v)] for h in range(Hm)]
+            for t, attended in enumerate(local):
+                parts = []
+                for h, part in enumerate(attended.split(d)):
+                    known = [memory[n][h] for n in range(N)]
+                    if any(bool(z.any()) for _, z in known):
+                        g = self.beta[h].sigmoid()
+                        part = g * self.reference_mix(heads[h][0][t], known, h) + (1 - g) * part
+                    parts.append(part)
+                out.append(torch.cat(parts))
+            if N and len(local) == S:
+                turn = number // self.segments_per_memory % N
+                for h in range(Hm):
+                    memory[turn][h] = reference.write_memory(*heads[h][1:], *memory[turn][h], self.use_delta_rule)
+        return torch.stack(out)
+
+    def reference_mix(self, q: Tensor, known: list[tuple[Tensor, Tensor]], h: int) -> Tensor:
+        """What one query (d) of head h makes of N memories (M, z), at least one of which is not empty: (d)."""
+        raise NotImplementedError
+
+    def _reference_local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within one segment (n, D)."""
+        positions = torch.arange(len(q))[None]
+        q, k, v = (self._local_heads(x[None]) for x in (q, k, v))
+        if self.local == "linear":
+            mixed = reference.linear_attention(q, k, v)
+        else:
+            if isinstance(self.position, RotaryPosition):
+                rotary_dim = self.position.rotary_dim(self.head_size)
+                q, k = (reference.rope(heads, positions, rotary_dim, self.position.base) for heads in (q, k))
+            mixed = reference.attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device))
+        return mixed[0].transpose(0, 1).flatten(1)
+
+
+def lay_out(x: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Puts the tokens of x (B, T, D) at their slots (B, T) into zeros (B, size, D); slot `size` is thrown away."""
+    laid = x.new_zeros(x.shape[0], size + 1, x.shape[2])
+    return laid.scatter(1, slots[..., None].expand_as(x), x)[:, :size]
+
+
+def pick(x: Tensor, slots: Tensor) -> Tensor:
+    """The tokens of x (B, L, D) at slots (B, T): (B, T, D)."""
+    return x.gather(1, slots[..., None].expand(-1, -1, x.shape[2]))
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises UserError unless the value is a whole number of at least `least`."""
+    if type(value) is not int or value < least:
+        raise UserError(f"{name} is {value!r}: it must be a whole number of at least {least}")
