@@ -11,8 +11,11 @@ CHUNK = 64
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """σ(x) = ELU(x) + 1 (arXiv 2006.16236), positive, so that sums of σ(q)·σ(k) may stand in a denominator."""
-    return F.elu(x) + 1
+    """σ(x) = ELU(x) + 1 (arXiv 2006.16236), positive, so that sums of σ(q)·σ(k) may stand in a denominator.
+
+    exp(min(x, 0)) + max(x, 0): ELU itself is −1 for x < −17 in float32, and the sum no longer positive.
+    """
+    return x.clamp(max=0).exp() + F.relu(x)
 
 
 def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk: int = CHUNK) -> Tensor:

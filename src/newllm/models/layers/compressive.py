@@ -112,11 +112,9 @@ class CompressiveLayer(Layer):
         """A whole text without padding (B, T, D): its first token begins the first segment of every row."""
         B, T, _ = q.shape
         G = -(-T // self.segment_length)
-        grid = [F.pad(x, (0, 0, 0, G * self.segment_length - T)) for x in (q, k, v)]
-        memory = self._empty_memory(q)
-        mixed, _ = self._segments(
-            *grid, memory, torch.full((B,), T // self.segment_length, device=q.device), last=False
-        )
+        complete = torch.full((B,), T // self.segment_length, device=q.device)
+        q, k, v = (F.pad(x, (0, 0, 0, G * self.segment_length - T)) for x in (q, k, v))
+        mixed, _ = self._segments(q, k, v, self._empty_memory(q), complete, last=False)
         return mixed[:, :T]
 
     def _chunk(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
@@ -332,20 +330,21 @@ class CompressiveLayer(Layer):
         for number, start in enumerate(range(0, len(q), S)):
             segment = slice(start, start + S)
             local = self._reference_local(q[segment], k[segment], v[segment])
-            heads = [[x[segment].split(d, dim=1)[h] for x in (q, k, v)] for h in range(Hm)]
+            queries, keys, values = (x[segment].split(d, dim=1) for x in (q, k, v))  # Hm times (n, d)
             for t, attended in enumerate(local):
                 parts = []
                 for h, part in enumerate(attended.split(d)):
                     known = [memory[n][h] for n in range(N)]
                     if any(bool(z.any()) for _, z in known):
                         g = self.beta[h].sigmoid()
-                        part = g * self.reference_mix(heads[h][0][t], known, h) + (1 - g) * part
+                        part = g * self.reference_mix(queries[h][t], known, h) + (1 - g) * part
                     parts.append(part)
                 out.append(torch.cat(parts))
             if N and len(local) == S:
                 turn = number // self.segments_per_memory % N
                 for h in range(Hm):
-                    memory[turn][h] = reference.write_memory(*heads[h][1:], *memory[turn][h], self.use_delta_rule)
+                    M, z = memory[turn][h]
+                    memory[turn][h] = reference.write_memory(keys[h], values[h], M, z, self.use_delta_rule)
         return torch.stack(out)
 
     def reference_mix(self, q: Tensor, known: list[tuple[Tensor, Tensor]], h: int) -> Tensor:
