@@ -14,12 +14,13 @@ from newllm.models.cache import LMCache, adopt
 from newllm.models.config import LMConfig
 from newllm.models.layers.base import Layer, create_layer
 from newllm.models.linear import Linear
+from newllm.models.memory import HoldsMemory
 from newllm.models.reconstruction import Reconstruction
 from newllm.ops.loss import linear_cross_entropy
 
 
-class TransformerLM(PreTrainedModel, GenerationMixin):
-    """Embedding, layers, final LayerNorm, head.
+class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
+    """Embedding, layers, final LayerNorm, head; and a memory between calls, where layers have one.
 
     Args:
         config: the configuration; or
@@ -46,6 +47,7 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         config.layer_specs = [layer.spec for layer in self.layers]  # type: ignore[misc]  # complete, defaults included
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._memory = {}
         self.post_init()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -70,13 +72,15 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         self.head = new_embeddings  # type: ignore[assignment]
 
     def make_cache(self, precision: str | None = None) -> LMCache:
-        """An empty cache: one state for each layer.
+        """A cache that has read nothing: one state for each layer. Outside training it starts from the model's memory.
 
         Args:
             precision: 'model', 'int8' or 'int4', see `ops.quantize`; None is the configuration's `cache_precision`.
         """
         states = (layer.make_state() for layer in self.layers)  # type: ignore[operator]
-        return LMCache(states, self.config.cache_precision if precision is None else precision)
+        cache = LMCache(states, self.config.cache_precision if precision is None else precision)
+        self._start_from_memory(cache)
+        return cache
 
     def hidden_states(
         self,
@@ -89,9 +93,11 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         """Final hidden states (B, T, D), after the last LayerNorm; arguments as in `forward`.
 
         Where the configuration quantises the model's caches, their cost belongs to the model: outside training it reads
-        through one even when none is given, so that its losses and logits are those it generates by.
+        through one even when none is given, so that its losses and logits are those it generates by. The same is true
+        of a memory that it holds.
         """
-        if past_key_values is None and not self.training and self.config.cache_precision != "model":
+        quantised = not self.training and self.config.cache_precision != "model"
+        if past_key_values is None and (quantised or self._holds_memory()):
             past_key_values = self.make_cache()
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x.shape[:2]
@@ -122,6 +128,7 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = True,
+        update_memory: bool = False,
     ) -> CausalLMOutputWithPast | tuple:
         """One chunk of tokens.
 
@@ -131,14 +138,15 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
                 real tokens. Padding may stand left or right.
             position_ids: (B, T) or (1, T); default: counted from each row's first real token.
             past_key_values: the model's cache, or any empty Hugging Face cache, which then takes this model's states.
-            use_cache: make a cache and return it. Outside training, a model whose configuration quantises its caches
-                reads through one either way.
+            use_cache: make a cache and return it. Outside training, a model whose configuration quantises its caches,
+                or that holds a memory, reads through one either way.
             labels: (B, T), not shifted (Hugging Face's convention): token t + 1 is predicted from tokens ≤ t; −100 is
                 ignored.
             logits_to_keep: compute logits of the last so many positions only; 0 for all.
             num_items_in_batch: number of targets the loss is divided by (gradient accumulation); default: all in this
                 batch.
             return_dict: False gives a tuple instead of the output object.
+            update_memory: what the model has read at the end of this call becomes its memory, of B rows.
 
         Returns:
             loss in nats per token (with labels), logits (B, T, V), past_key_values. In training mode with labels,
@@ -146,12 +154,19 @@ class TransformerLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: for a gradient outside training, if the configuration quantises the caches.
+            UserError: update_memory in training, with past_key_values, or without a layer that has a memory.
         """
+        if update_memory:
+            self._check_can_update(cached=past_key_values is not None)
+            use_cache = True
         if past_key_values is None and use_cache and not (self.training and labels is not None):
             past_key_values = self.make_cache()
         if past_key_values is not None:
             past_key_values = adopt(past_key_values, self.make_cache)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        if update_memory:
+            assert past_key_values is not None
+            self._take_memory(past_key_values)
         loss = logits = None
         if labels is not None:
             nats = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, labels[:, 1:].flatten(), "sum")
