@@ -34,6 +34,9 @@ examples:
 Every command explains itself: newllm compare --help
 """
 
+# Settings that say how a trained model is opened.
+_PLACE = ("plugin", "device", "threads")
+
 
 def compare(argv: list[str]) -> int:
     """Train several models under the same budget and write one report."""
@@ -91,13 +94,14 @@ def train(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Measure a trained model again: perplexity on its own text or another, speed and memory."""
+    """Measure a trained model again: perplexity on its own text or another, recall, speed and memory."""
     parser = _parser(
         "evaluate",
         evaluate,
         "newllm evaluate runs/gqa",
         "newllm evaluate runs/gqa --tasks perplexity efficiency",
         "newllm evaluate runs/gqa --cache-precision model int8 int4",
+        "newllm evaluate runs/infini --tasks recall --recall-distances 1 4 16",
         "newllm evaluate runs/gqa --data other.txt --test-share 0.9 --sliding-window 1024 --sliding-stride 128",
         usage="FOLDER",
     )
@@ -113,7 +117,8 @@ def evaluate(argv: list[str]) -> int:
         metavar="model|int8|int4",
         help="Measure perplexity through caches of these precisions, side by side (default: without a cache).",
     )
-    parser.add_settings(RunSettings, (DataSettings, EvaluationSettings, "plugin", "device", "precision", "threads"))
+    recall = ("recall_segment", "recall_distances", "recall_facts", "recall_windows")
+    parser.add_settings(RunSettings, (DataSettings, EvaluationSettings, *recall, *_PLACE, "precision"))
     arguments = parser.parse(argv)
     base = command.settings_of(Path(arguments.folder), arguments.tasks)
     settings = parser.settings(parser.parse(argv, vars(base)), base)
@@ -182,6 +187,75 @@ def check(argv: list[str]) -> int:
     return 0 if run(arguments.model, arguments.plugin, arguments.models) else 1
 
 
+def memory_absorb(argv: list[str]) -> int:
+    """Read a text into a memory file, which another process or computer can use."""
+    parser = _parser(
+        "memory absorb",
+        memory_absorb,
+        "newllm memory absorb runs/infini book.txt --out book.memory",
+        "newllm memory absorb runs/infini part2.txt --into book.memory",
+        "cat *.txt | newllm memory absorb runs/infini - --out all.memory --window 512",
+        usage="MODEL TEXT --out FILE",
+    )
+    from newllm.commands import memory as command
+
+    parser.add_argument("model", metavar="MODEL", help="Run folder or model folder of a model with memory layers.")
+    parser.add_argument("text", metavar="TEXT", help="Text file (UTF-8); - for standard input.")
+    parser.add_settings(command.AbsorbSettings, (command.AbsorbSettings, *_PLACE))
+    arguments = parser.parse(argv)
+    settings = parser.settings(arguments, command.AbsorbSettings(model=arguments.model))
+    if arguments.print_config:
+        return _print_config(settings)
+    command.absorb(settings, arguments.text)
+    return 0
+
+
+def memory_show(argv: list[str]) -> int:
+    """Show what a memory file holds: layers, bytes, tokens read, by which model."""
+    parser = _parser(
+        "memory show",
+        memory_show,
+        "newllm memory show book.memory",
+        "newllm memory show book.memory --model runs/infini",
+        usage="FILE",
+    )
+    from newllm.commands import memory as command
+    from newllm.settings import RunSettings
+
+    parser.add_argument("file", metavar="FILE", help="Memory file.")
+    parser.add_argument("--model", metavar="MODEL", help="Folder of its model: checks that it fits, shows the gates.")
+    parser.add_settings(RunSettings, _PLACE)
+    arguments = parser.parse(argv)
+    settings = None
+    if arguments.model is not None:
+        settings = parser.settings(arguments, RunSettings(model=arguments.model))
+    command.show(arguments.file, settings)
+    return 0
+
+
+def memory_ask(argv: list[str]) -> int:
+    """Continue a prompt with a memory and without it, and tell what the memory knows of the prompt."""
+    parser = _parser(
+        "memory ask",
+        memory_ask,
+        'newllm memory ask runs/infini book.memory --prompt "To be, or not"',
+        "newllm memory ask runs/infini book.memory --temperature 0 --max-new-tokens 50 < question.txt",
+        usage="MODEL FILE --prompt TEXT",
+    )
+    from newllm.commands import memory as command
+    from newllm.commands.generate import GenerateSettings
+
+    parser.add_argument("model", metavar="MODEL", help="Run folder or model folder.")
+    parser.add_argument("file", metavar="FILE", help="Memory file that this model wrote.")
+    parser.add_settings(GenerateSettings, (GenerateSettings, "seed", *_PLACE))
+    arguments = parser.parse(argv)
+    settings = parser.settings(arguments, GenerateSettings(model=arguments.model))
+    if arguments.print_config:
+        return _print_config(settings)
+    command.ask(settings, arguments.file)
+    return 0
+
+
 def data_prepare(argv: list[str]) -> int:
     """Read a corpus, train or load its tokenizer, and store the token files that later runs use."""
     return _data("prepare", data_prepare, argv, sample=False)
@@ -239,6 +313,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "report": report,
     "check": check,
+    "memory absorb": memory_absorb,
+    "memory show": memory_show,
+    "memory ask": memory_ask,
     "data prepare": data_prepare,
     "data show": data_show,
     "bench train": bench_train,

@@ -35,12 +35,7 @@ def generate(settings: GenerateSettings) -> None:
     Raises:
         UserError: no such model, an empty prompt, or a value out of range.
     """
-    if settings.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {settings.max_new_tokens}: it must be at least 1")
-    if not settings.temperature >= 0:
-        raise UserError(f"--temperature is {settings.temperature}: it must be 0 or more")
-    if not 0 < settings.top_p <= 1:
-        raise UserError(f"--top-p is {settings.top_p}: it must lie in (0, 1]")
+    check_sampling(settings)
     in_conversation = settings.prompt is None and sys.stdin.isatty()
     prompt = None if in_conversation else read_prompt(settings.prompt)
     model, tokenizer = open_model(settings)
@@ -50,6 +45,16 @@ def generate(settings: GenerateSettings) -> None:
     print("Type the beginning of a text; an empty line ends.", file=sys.stderr)
     while prompt := ask("> "):
         continue_text(model, tokenizer, prompt, settings, sys.stdout)
+
+
+def check_sampling(settings: GenerateSettings) -> None:
+    """Raises UserError for a value out of range."""
+    if settings.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {settings.max_new_tokens}: it must be at least 1")
+    if not settings.temperature >= 0:
+        raise UserError(f"--temperature is {settings.temperature}: it must be 0 or more")
+    if not 0 < settings.top_p <= 1:
+        raise UserError(f"--top-p is {settings.top_p}: it must lie in (0, 1]")
 
 
 def read_prompt(prompt: str | None) -> str:

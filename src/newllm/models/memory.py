@@ -70,7 +70,10 @@ class HoldsMemory:
         self._memory = {name: tensor.detach().clone() for name, tensor in state.items() if not name.endswith(".frozen")}
 
     def freeze_memory(self, banks: Iterable[int]) -> None:
-        """Memories (banks) with these indices are from now on read and no longer written, in every memory layer."""
+        """Memories (banks) with these indices are from now on read and no longer written, in every memory layer.
+
+        The layers know no exception: unfreeze before training.
+        """
         banks, layers = set(banks), self.memory_layers()
         for n, layer in layers.items():
             self._check_banks(n, layer, banks)
@@ -164,9 +167,10 @@ def take_row(state: MemoryTensors, row: int) -> MemoryTensors:
 
 
 def merge_memory_states(model: HoldsMemory, states: Sequence[MemoryTensors]) -> MemoryTensors:
-    """All rows of all states as one memory of one row: what it would hold had their segments been written to it.
+    """All rows of all states as one memory of one row: each bank as if all of them had written to it.
 
-    With the linear rule a memory is a sum over what was written, so that this is exact (to rounding).
+    With the linear rule a memory is a sum over what was written to it, so that this is exact (to rounding). The texts
+    did not know of each other: a layer above another memory layer has read each of them as if it were the first.
 
     Raises:
         UserError: the delta rule, a frozen memory, a state that is not the model's or is empty, or none at all.

@@ -131,11 +131,11 @@ def fingerprint(model: TransformerLM) -> str:
 
 
 def describe(model: TransformerLM) -> str:
-    """'infini, 5 × pythia; D 512; 70.4M parameters'."""
+    """'infini, 5 × pythia; D 512; 70,426,633 parameters'."""
     types = [spec["type"] for spec in model.config.layer_specs]
     runs = [(len(list(group)), name) for name, group in itertools.groupby(types)]
     layers = ", ".join(name if count == 1 else f"{count} × {name}" for count, name in runs)
-    return f"{layers}; D {model.config.hidden_size}; {model.num_parameters() / 1e6:.1f}M parameters"
+    return f"{layers}; D {model.config.hidden_size}; {model.num_parameters():,} parameters"
 
 
 def _layers(model: TransformerLM, state: MemoryTensors) -> list[dict]:
