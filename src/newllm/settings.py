@@ -106,6 +106,9 @@ class TrainingSettings:
     """Windows in a micro-batch."""
     gradient_accumulation: int = 1
     """Micro-batches in an optimizer step."""
+    streaming: bool = False
+    """Rows go on from batch to batch with the state they had, which is reset at document starts; no gradient goes back
+    beyond a batch. For models whose state does not grow with the text."""
     reconstruction_lr: float = 1e-3
     """Peak learning rate of the first phase, for models that have one (v_dproj with restore=two_phase)."""
     reconstruction_epochs: float = 10
@@ -144,7 +147,7 @@ class RecallSettings:
     """Held-out windows for each distance."""
 
 
-SPECIAL = (*FIRST_PHASE, "gate_lr", *(f.name for f in dataclasses.fields(RecallSettings)))
+SPECIAL = (*FIRST_PHASE, "gate_lr", "streaming", *(f.name for f in dataclasses.fields(RecallSettings)))
 """What only some models or some experiments use."""
 
 

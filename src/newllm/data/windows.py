@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,59 +38,60 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 
 class StreamDataset(Dataset[dict[str, Tensor]]):
-    """Batches whose row r goes on where row r of the batch before ended, for models that carry a state.
+    """Text in B rows, each of which goes on in a batch where it ended in the batch before: for models that carry state.
 
-    Every token appears exactly once. A chunk never crosses a document: a document's last chunk is padded on the right,
-    and the next chunk of its row begins a new document (`starts`), where the state must be reset. Documents are dealt
-    to the rows longest first, each to the row with the fewest batches so far, so that rows end about together; a row
-    without further documents is all padding. In its row a document keeps its place in the corpus, or a random one by
-    `seed`.
+    A pass lays the documents end to end, in an order of its own, and divides their chunks of T tokens evenly among the
+    rows. A chunk never crosses a document: a document's last chunk is padded on the right. A document that stands where
+    the text is divided is cut there, and its rest, at the start of a row, is read as a document of its own.
 
-    Item i is the whole batch i (use `DataLoader(..., batch_size=None, shuffle=False)`, or iterate directly):
-        input_ids (B, T) int64, attention_mask (B, T) bool, labels (B, T) with -100 where padded, starts (B,) bool.
+    Item i is row i mod B of batch i // B; a DataLoader with batch_size=B and no shuffling gives the batches. Items
+    from len(self) on are those of further passes. Each is:
+        input_ids (T,) int64; attention_mask (T,) bool, False where padded; labels (T,), −100 there;
+        starts () bool, whether state must be reset; position_ids (T,), counted from the last such reset.
     Since labels are shifted inside a chunk, the first token of each chunk is input but not predicted.
     """
 
-    def __init__(self, tokens: TokenFile, seq_length: int, batch_size: int, seed: int | None = None):
-        self.ids, self.seq_length = tokens.ids, seq_length
-        starts = tokens.document_starts
-        chunks = -(-np.diff(starts) // seq_length)
-        rows: list[list[int]] = [[] for _ in range(batch_size)]
-        filled = np.zeros(batch_size, dtype=np.int64)
-        for document in np.argsort(-chunks, kind="stable"):
-            row = int(filled.argmin())
-            rows[row].append(int(document))
-            filled[row] += chunks[document]
-        place = np.arange(len(chunks)) if seed is None else np.random.default_rng(seed).permutation(len(chunks))
-        # One (begin, end, new document) for each chunk of each row; begin = end where the row has ended.
-        self.table = np.zeros((batch_size, int(filled.max()), 3), dtype=np.int64)
-        for row, documents in enumerate(rows):
-            index = 0
-            for document in sorted(documents, key=lambda document: place[document]):
-                begin = np.arange(starts[document], starts[document + 1], seq_length)
-                target = self.table[row, index : index + len(begin)]
-                target[:, 0] = begin
-                target[:, 1] = np.minimum(begin + seq_length, starts[document + 1])
-                target[0, 2] = 1
-                index += len(begin)
+    def __init__(self, tokens: TokenFile, seq_length: int, batch_size: int, seed: int = 0):
+        """The order of the documents in pass p is random by (seed, p)."""
+        self.ids, self.seq_length, self.batch_size, self.seed = np.asarray(tokens.ids), seq_length, batch_size, seed
+        self.document_starts = tokens.document_starts
+        self.chunks = -(-np.diff(tokens.document_starts) // seq_length)  # of each document
+        self.num_chunks = int(self.chunks.sum())
+        self.batches = -(-self.num_chunks // batch_size)  # in a pass
+        self._lay_out(0)
 
     def __len__(self) -> int:
-        return self.table.shape[1]
+        return self.batches * self.batch_size
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self[index] for index in range(len(self)))
+    def _lay_out(self, number: int) -> None:
+        """The chunks of a pass in reading order: the document of each, and its place in it."""
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.chunks))
+        chunks = self.chunks[order]
+        self.number = number
+        self.document = np.repeat(order, chunks)
+        self.place = np.arange(self.num_chunks) - np.repeat(np.cumsum(chunks) - chunks, chunks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        chunks = self.table[:, index]
-        ids = np.zeros((len(chunks), self.seq_length), dtype=np.int64)
-        for row, (begin, end, _) in enumerate(chunks):
-            ids[row, : end - begin] = self.ids[begin:end]
-        input_ids = torch.from_numpy(ids)
-        lengths = torch.from_numpy(chunks[:, 1] - chunks[:, 0])
-        mask = torch.arange(self.seq_length) < lengths[:, None]  # (B, T)
+        batch, row = divmod(index, self.batch_size)
+        number, batch = divmod(batch, self.batches)
+        if number != self.number:
+            self._lay_out(number)
+        T, read = self.seq_length, 0  # chunks of this document that the row has read before
+        ids, starts = np.zeros(0, dtype=np.int64), False  # where the row has ended
+        first, after = (r * self.num_chunks // self.batch_size for r in (row, row + 1))
+        if first + batch < after:
+            document, place = self.document[first + batch], self.place[first + batch]
+            begin = self.document_starts[document] + place * T
+            ids = self.ids[begin : min(begin + T, self.document_starts[document + 1])]
+            read = min(int(place), batch)
+            starts = read == 0
+        input_ids = torch.zeros(T, dtype=torch.long)
+        input_ids[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        mask = torch.arange(T) < len(ids)
         return {
             "input_ids": input_ids,
             "attention_mask": mask,
+            "position_ids": torch.arange(read * T, (read + 1) * T),
             "labels": input_ids.masked_fill(~mask, IGNORED),
-            "starts": torch.from_numpy(chunks[:, 2].astype(bool)),
+            "starts": torch.tensor(starts),
         }

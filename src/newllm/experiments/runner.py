@@ -27,7 +27,7 @@ from newllm.experiments.results import print_table, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.models import check_model_spec, load_plugin
 from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
-from newllm.training import check_loggers, machine_info, resolve_device, set_threads
+from newllm.training import check_loggers, check_streaming, machine_info, resolve_device, set_threads
 from newllm.training.checkpoints import (
     ERROR_FILE,
     claim_run_folder,
@@ -100,7 +100,7 @@ def file_name(text: str) -> str:
 
 
 def check_models(settings: ExperimentSettings) -> None:
-    """Raises UserError for a model that cannot be built, before anything trains."""
+    """Raises UserError for a model that cannot be built, or cannot be trained so, before anything trains."""
     if settings.plugin is not None:
         load_plugin(settings.plugin)
     for model in settings.models:
@@ -111,6 +111,7 @@ def check_models(settings: ExperimentSettings) -> None:
             num_heads=settings.num_heads,
             intermediate_size=settings.intermediate_size,
         )
+    check_streaming(settings, settings.models)
 
 
 class Comparison:

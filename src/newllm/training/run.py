@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import transformers
 from safetensors.torch import load_model as load_weights
 
-from newllm.data.windows import WindowDataset
+from newllm.data.windows import StreamDataset, WindowDataset
 from newllm.models import TransformerLM, create_model
 from newllm.models.reconstruction import Reconstruction
 from newllm.settings import CommonSettings, RunSettings, UserError
@@ -33,6 +33,7 @@ from newllm.training.checkpoints import (
     write_result,
 )
 from newllm.training.devices import set_threads
+from newllm.training.streaming import check_streaming
 from newllm.training.trainer import WEIGHTS, LMTrainer, read_state, training_arguments
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def total_steps(settings: RunSettings, num_windows: int, samples_per_step: int) 
     """The budget in optimizer steps: never more than --max-tokens, else all of samples × epochs."""
     if settings.max_tokens is not None:
         return max(1, settings.max_tokens // (samples_per_step * settings.seq_length))  # type: ignore[operator]
+    if settings.samples is not None:  # a stream goes on where an epoch of so many of its windows has ended
+        num_windows = min(num_windows, settings.samples)
     return max(1, math.ceil(num_windows * (settings.epochs or 1) / samples_per_step))
 
 
@@ -84,7 +87,11 @@ def train(
     result.json under "training", the returned result; a second call returns that. settings must be resolved.
     Of a first phase: reconstruction/metrics.jsonl, and under "reconstruction" what "training" says of the second.
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
+
+    With settings.streaming the training text is read as streams (`training/streaming.py`). Validation is by windows in
+    either case, each read from an empty state, so that the losses of all runs are of one kind.
     """
+    check_streaming(settings, [settings.model])
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
     with lock(folder), explaining_full_disk(folder):
         result = claim_run_folder(folder, settings, data.fingerprint)
@@ -118,7 +125,11 @@ def _train(
         own = reconstruction_settings(settings, len(windows))
         results[RECONSTRUCTION] = _train_phase(first, own, windows, data, folder, RECONSTRUCTION, on_progress)
         first.freeze()
-    results["training"] = _train_phase(model, settings, windows, data, folder, "", on_progress)
+    texts: WindowDataset | StreamDataset = windows
+    if settings.streaming:
+        assert settings.batch_size is not None
+        texts = StreamDataset(data.splits["train"], settings.seq_length, settings.batch_size, settings.seed)
+    results["training"] = _train_phase(model, settings, texts, data, folder, "", on_progress)
     model.config.use_cache = use_cache  # the Trainer turns it off
     with complete_folder(folder / "model") as staging:
         model.save_pretrained(staging)
@@ -129,7 +140,8 @@ def _train(
 def reconstruction_settings(settings: RunSettings, num_windows: int) -> RunSettings:
     """Those of the first phase: its own learning rate and passes over the windows; never more than --max-tokens.
 
-    The extra loggers get the second phase alone: they could not tell the two losses apart.
+    It carries no state, so nothing streams. The extra loggers get the second phase alone: they could not tell the two
+    losses apart.
     """
     assert settings.seq_length is not None
     tokens = math.ceil(settings.reconstruction_epochs * num_windows) * settings.seq_length
@@ -140,13 +152,14 @@ def reconstruction_settings(settings: RunSettings, num_windows: int) -> RunSetti
         evaluations=1,
         max_tokens=tokens if settings.max_tokens is None else min(tokens, settings.max_tokens),
         report_to=[],
+        streaming=False,
     )
 
 
 def _train_phase(
     model: TransformerLM | Reconstruction,
     settings: RunSettings,
-    windows: WindowDataset,
+    windows: WindowDataset | StreamDataset,
     data: PreparedData,
     run_folder: Path,
     phase: str,

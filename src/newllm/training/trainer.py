@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from newllm.evaluation.perplexity import token_weighted_loss
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = "model.safetensors"
+STATES = "states.safetensors"  # with --streaming, what the rows remember at a checkpoint
 
 
 class RunSampler(Sampler[int]):
@@ -76,14 +79,19 @@ class LMTrainer(Trainer):
         self.precision = resolve_precision(settings, self.args.device)
         self.flow = FlowCallback(settings, schedule, self.precision, phase)
         self.seconds_before, self.started = 0.0, time.monotonic()
+        # With --streaming, what the rows have read in the batches before; through a quantised cache no gradient flows.
+        self.states = self.model.make_cache("model") if settings.streaming else None  # type: ignore[operator]
         self.remove_callback(PrinterCallback)
         self.remove_callback(DefaultFlowCallback)
         self.add_callback(self.flow)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunSampler:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         windows = len(self.train_dataset)  # type: ignore[arg-type]
         samples_per_step = self.tokens_per_step // self.settings.seq_length  # type: ignore[operator]
-        return RunSampler(windows, self.schedule.total_steps * samples_per_step, self.settings.seed)
+        num_samples = self.schedule.total_steps * samples_per_step
+        if self.settings.streaming:  # a StreamDataset holds the rows of all passes in their order
+            return SequentialSampler(range(num_samples))
+        return RunSampler(windows, num_samples, self.settings.seed)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices, embeddings among them; not biases, norms and gates, which are vectors."""
@@ -100,6 +108,23 @@ class LMTrainer(Trainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
             optimizer.add_param_group({"params": gates, "lr": self.settings.gate_lr, "weight_decay": 0.0})
         return optimizer
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; with --streaming, read through the states that the batch before has left."""
+        if self.states is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        chunk: dict[str, Any] = dict(inputs)
+        self.states.reset_rows(chunk.pop("starts"))
+        if chunk["attention_mask"].all():
+            del chunk["attention_mask"]  # earlier padding is forgotten: a new document follows it
+        loss = super().compute_loss(model, chunk | {"past_key_values": self.states}, *args, **kwargs)
+        self.states.detach_()
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """At least 1: a stream may end in chunks of one token, and a step without targets has the loss 0, not NaN."""
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        return count if self.states is None else count.clamp(min=1)  # type: ignore[union-attr]
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         """Our own autocast instead of accelerate's, which would patch the model's forward and upcast its outputs."""
@@ -126,6 +151,9 @@ class LMTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         with complete_folder(checkpoint_folder(folder, self.state.global_step)) as staging:
             save_weights(self.model, str(staging / WEIGHTS))
+            if self.states is not None:
+                exported = self.states.export()
+                save_file({name: state.contiguous() for name, state in exported.items()}, staging / STATES)
             self._save_optimizer_and_scheduler(str(staging))
             self._save_rng_state(str(staging))
             self.state.save_to_json(str(staging / "trainer_state.json"))
@@ -134,6 +162,8 @@ class LMTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Strict, where the Trainer's own leaves a weight it does not find as it was initialised."""
         load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        if self.states is not None:
+            self.states.restore(load_file(Path(resume_from_checkpoint) / STATES, device=str(self.args.device)))
 
     def run(self, checkpoint: Path | None) -> TrainerState:
         """Trains to the end, from a checkpoint where there is one.
