@@ -1,4 +1,4 @@
-import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -7,16 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.data import TokenFile, prepare
+from newllm.data.corpora import open_corpus
 from newllm.data.recall import MOST_WORDS, RecallDataset, RecallTask, WithRecall, recall_words
 from newllm.data.windows import IGNORED, WindowDataset
-from newllm.settings import RunSettings, UserError, resolve
+from newllm.settings import DataSettings, RunSettings, UserError, resolve
 
 SEGMENT = 32
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    settings = RunSettings(vocab_size=2000, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.mktemp("text")
+    plays = itertools.islice(open_corpus(DataSettings()).documents(), 8)
+    (folder / "plays.txt").write_text("".join(play.text for play in plays))
+    settings = RunSettings(data=str(folder / "plays.txt"), cache_dir=str(folder / "cache"), vocab_size=2000)
     return prepare(resolve(settings))
 
 
@@ -34,7 +38,7 @@ def sentences(data, window, *kinds):
 
 
 def told_and_asked(sentence):
-    """(name, link, answer) of ' Know this: Hamlet keeps the sword.'"""
+    """('they', 'call', 'Hamlet', 'lion') of ' Know: they call Hamlet lion.'"""
     return tuple(sentence.rstrip(".").split(" ")[-4:])
 
 
@@ -43,21 +47,26 @@ def test_words_are_whole_words_of_one_token(data):
     again = recall_words(data.splits["train"], data.tokenizer)
     assert (words.names, words.answers) == (again.names, again.answers)
     assert 8 <= len(words.names) <= MOST_WORDS == len(words.answers)
-    assert {"Henry", "Caesar", "France"} <= set(words.names)
-    assert {"world", "night", "crown"} <= set(words.answers)
+    assert {"Rome", "Caesar", "Antony"} <= set(words.names)
+    assert {"world", "night", "moon"} <= set(words.answers)
     assert not {"What", "The", "Come"} & set(words.names), "words that only begin sentences name nobody"
-    assert not {"that", "with", "king"} & set(words.answers)
+    assert not {"that", "with", "they"} & set(words.answers)
     for kind, ids in ((words.names, words.name_ids), (words.answers, words.answer_ids)):
         assert len(set(kind)) == len(kind)
         encoded = [data.tokenizer.encode(" " + word, add_special_tokens=False) for word in kind]
         assert encoded == [[id] for id in ids.tolist()]
-    assert 0.15 < words.held_out.mean() < 0.35
 
 
-def test_a_pair_is_held_out_whatever_other_words_there_are(data):
+def test_a_name_says_nothing_about_its_answer(data):
     words = recall_words(data.splits["train"], data.tokenizer)
-    fewer = dataclasses.replace(words, names=words.names[::-2], answers=words.answers[5:25])
-    assert np.array_equal(fewer.held_out, words.held_out[::-2, 5:25])
+    rng = np.random.default_rng(0)
+    seen = np.zeros((len(words.names), len(words.answers)))
+    for _ in range(4000):
+        for name, answer in words.draw(rng, 16):
+            seen[name, answer] += 1
+    expected = seen.sum() / seen.size
+    assert seen.min() > 0
+    assert ((seen - expected) ** 2 / expected).mean() == pytest.approx(1, abs=0.1)
 
 
 def test_sentences_encode_as_they_do_in_running_text(data, task):
@@ -67,7 +76,7 @@ def test_sentences_encode_as_they_do_in_running_text(data, task):
             text = data.tokenizer.decode(ids)
             assert data.tokenizer.encode("Sir." + text)[-len(ids) :] == ids
             assert ids[answer] == task.words.answer_ids[2]
-            assert text.endswith(f"{task.words.names[1]} {text.split()[-3]} the {task.words.answers[2]}.")
+            assert text.endswith(f" call {task.words.names[1]} {task.words.answers[2]}.")
 
 
 @given(st.integers(2 * SEGMENT, 500), st.integers(0, 3), st.integers(0, 10**6))
@@ -77,7 +86,7 @@ def test_training_windows_ask_every_fact_once_in_a_later_segment(data, task, len
     assert all(start // SEGMENT == (stop - 1) // SEGMENT for _, start, stop in window.parts)
     facts, questions = sentences(data, window, "fact"), sentences(data, window, "question")
     assert sorted(map(told_and_asked, facts)) == sorted(map(told_and_asked, questions))
-    assert len({told_and_asked(fact)[0] for fact in facts}) == len({told_and_asked(f)[-1] for f in facts}) == len(facts)
+    assert len({told_and_asked(fact)[2] for fact in facts}) == len({told_and_asked(f)[-1] for f in facts}) == len(facts)
     assert len(questions) == len(window.answers) == len(window.told) >= 1
     place = {
         told_and_asked(data.tokenizer.decode(window.ids[a:b].tolist())): a for k, a, b in window.parts if k == "fact"
@@ -86,8 +95,6 @@ def test_training_windows_ask_every_fact_once_in_a_later_segment(data, task, len
         if kind == "question":
             pair = told_and_asked(data.tokenizer.decode(window.ids[start:stop].tolist()))
             assert place[pair] // SEGMENT < start // SEGMENT
-            name, answer = task.words.names.index(pair[0]), task.words.answers.index(pair[-1])
-            assert not task.words.held_out[name, answer]
     labels = window.labels()
     assert sorted(np.flatnonzero(labels != IGNORED)) == sorted(window.answers)
     assert set(labels[window.answers]) == set(task.words.answer_ids[window.told])
@@ -103,8 +110,6 @@ def test_evaluation_windows_tell_first_and_ask_last(data, task, distance, index)
     places = {kind: (start // SEGMENT, (stop - 1) // SEGMENT) for kind, start, stop in window.parts}
     assert places == {"fact": (0, 0), "other fact": (0, 0), "question": (distance, distance)}
     assert window.ids[window.answers[0]] == task.words.answer_ids[window.told[0]]
-    name = told_and_asked(fact)[0]
-    assert task.words.held_out[task.words.names.index(name), window.told[0]]
 
 
 def test_without_the_sentences_a_window_is_contiguous_text(data, task):

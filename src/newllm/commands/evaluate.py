@@ -11,7 +11,7 @@ from newllm.commands.flags import check_config
 from newllm.commands.folders import model_folder, open_model, run_config
 from newllm.settings import RunSettings, UserError, nearest, resolve
 
-TASKS = ["perplexity", "efficiency"]
+TASKS = ["perplexity", "recall", "efficiency"]
 SPLITS = ["validation", "test"]
 
 
@@ -32,7 +32,7 @@ def settings_of(folder: Path, tasks: list[str]) -> RunSettings:
 def evaluate(
     folder: Path, tasks: list[str], settings: RunSettings, cache_precisions: list[str] | None = None
 ) -> dict[str, Any]:
-    """What the tasks measure; perplexity for the validation and the test split.
+    """What the tasks measure; perplexity for the validation and the test split, recall across segments on the latter.
 
     The text is encoded with the model's own tokenizer. folder is a run folder or a model folder. With cache_precisions,
     perplexity is measured through a cache of each, and "cache_precision" of the result holds a row for each.
@@ -51,11 +51,12 @@ def evaluate(
     settings = resolve(settings)
     settings.model, settings.tokenizer = str(folder), str(model_folder(folder))
     results: dict[str, Any] = {"model": str(folder)}
-    if "perplexity" in tasks:
-        for precision in cache_precisions or []:
-            check_precision(precision)
+    for precision in cache_precisions or []:
+        check_precision(precision)
+    if {"perplexity", "recall"} & set(tasks):
         model, _ = open_model(settings)
         data = prepare(settings, print)
+    if "perplexity" in tasks:
         splits = {split: data.splits[split] for split in SPLITS}
         if cache_precisions:
             results["cache_precision"] = compare_precisions(model, splits, settings, cache_precisions)
@@ -63,6 +64,10 @@ def evaluate(
             results |= {split: evaluate_perplexity(model, tokens, settings) for split, tokens in splits.items()}
             for split, tokens in splits.items():
                 results[split]["band"] = ppl_band(results[split]["ppl"], tokens.num_bytes / len(tokens.ids))
+    if "recall" in tasks:
+        from newllm.evaluation.recall import evaluate_recall
+
+        results["recall_across_segments"] = evaluate_recall(model, data, settings)
     if "efficiency" in tasks:
         from newllm.evaluation.efficiency import measure_all
 
@@ -93,6 +98,8 @@ def print_results(results: dict[str, Any]) -> None:
         }
         for label, text in lines.items():
             print(f"  {label:17} {text}")
+    if "recall_across_segments" in results:
+        print_recall(results["recall_across_segments"])
     for key, value in results.get("efficiency", {}).items():
         print(f"  {key:40} {value}")
     print(json.dumps(results))
@@ -110,6 +117,22 @@ def print_precisions(split: str, rows: list[dict[str, Any]]) -> None:
             f"  {name:17} {result['ppl']:12.3f} {difference:>12} {result['sliding_ppl']:12.3f} "
             f"{row['cache_bytes_per_token']:14,.0f} {row['state_bytes']:12,.0f}"
         )
+
+
+def print_recall(recall: dict[str, Any]) -> None:
+    """A row for each distance; with the knock-outs where the model has memories."""
+    print(
+        f"\nrecall: {recall['facts']} facts in a window, {recall['distances'][0]['windows']} windows a distance, "
+        f"chance {recall['chance']:.1%}; [95 % interval]"
+    )
+    titles = ("accuracy", "among told", "zeroed", "swapped", "state bytes")
+    print(f"  segments later {titles[0]:>24}" + "".join(f"{title:>13}" for title in titles[1:]))
+    for row in recall["distances"]:
+        accuracy = row["accuracy"]
+        interval = f"{accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}]"
+        knocked_out = [f"{row[name]['accuracy']['value']:.1%}" if name in row else "—" for name in titles[2:4]]
+        cells = [f"{row['accuracy_among_told']['value']:.1%}", *knocked_out, f"{row['state_bytes']:,.0f}"]
+        print(f"  {row['distance']:14} {interval:>24}" + "".join(f"{cell:>13}" for cell in cells))
 
 
 def _ppl(value: float | None) -> str:

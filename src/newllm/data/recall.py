@@ -1,20 +1,19 @@
 """Recall across segments (SYSTEMS §15): facts put into real text, and questions about them some segments later.
 
-    … And all the soldiers of the king are gone. Know this: Hamlet keeps the sword. To see the city …
-    … My gracious liege, I have a thousand men. Who knows? Hamlet keeps the        → sword
+    … And all the soldiers of the king are gone. Know: they call Hamlet lion. To see the city …
+    … My gracious liege, I have a thousand men. Say: they call Hamlet        → lion
 
 A window is running text into which such sentences are inserted. From its first token on it is read as segments of equal
 length. A fact lies in one segment, its question in another; their distance, counted in segments, is how often a memory
-has been written between being told and being asked. Names and answers are words of the training text, a token each;
-three pairs of four may occur in training, the rest is for evaluation.
+has been written between being told and being asked. Names and answers are words of the training text, a token each,
+and all pairs are equally likely: a name says nothing about its answer but in its own window, and nothing can be learnt
+by heart. (Pairs held out for evaluation would be worse: a model learns soon which ones never occur, and avoids them.)
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -32,17 +31,16 @@ if TYPE_CHECKING:
     from newllm.data.tokens import TokenFile
 
 TEMPLATES = [
-    # how a fact begins, what stands between name and answer, how the question about it begins
-    (" Know this:", " keeps the", " Who knows?"),
-    (" Hear me:", " holds the", " Tell me:"),
-    (" Mark it:", " loves the", " Speak:"),
+    # how a fact begins, how the question about it begins, what stands between name and answer
+    (" Know: they call", " Say: they call", ""),
+    (" Hear: we call", " Tell: we call", ""),
+    (" Mark: men call", " Speak: men call", ""),
 ]
 END = "."
+ARTICLE = " the"
 MOST_WORDS, FEWEST_WORDS = 64, 8
 FUNCTION_WORDS = 100
 """So many of the most frequent words are no answers: they are what a model says that knows nothing."""
-HELD_OUT_OF = 4
-"""One of so many pairs is held out."""
 COUNT_TOKENS = 1 << 22
 
 
@@ -55,31 +53,18 @@ class RecallWords:
     name_ids: np.ndarray  # (N,) int64
     answer_ids: np.ndarray  # (A,) int64
 
-    @cached_property
-    def held_out(self) -> np.ndarray:
-        """(N, A) bool, by a hash of the two words: a pair is held out whatever other words there are."""
-        pairs = [[zlib.crc32(f"{name} {answer}".encode()) for answer in self.answers] for name in self.names]
-        return np.array(pairs) % HELD_OUT_OF == 0
-
-    def draw(self, rng: np.random.Generator, count: int, *, held_out: bool) -> list[tuple[int, int]]:
-        """At most `count` pairs (name, answer), held out or not; no name and no answer occurs twice."""
-        free = np.ones(len(self.answers), dtype=bool)
-        pairs: list[tuple[int, int]] = []
-        for name in rng.permutation(len(self.names)).tolist():
-            possible = np.flatnonzero(free & (self.held_out[name] == held_out))
-            if len(pairs) < count and len(possible):
-                answer = int(rng.choice(possible))
-                free[answer] = False
-                pairs.append((name, answer))
-        return pairs
+    def draw(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+        """At most `count` random pairs (name, answer); no name and no answer occurs twice."""
+        names, answers = rng.permutation(len(self.names)), rng.permutation(len(self.answers))
+        return list(zip(names[:count].tolist(), answers[:count].tolist(), strict=False))
 
 
 def recall_words(tokens: TokenFile, tokenizer: PreTrainedTokenizerBase) -> RecallWords:
     """The words for a text, the same whenever it is asked.
 
     Names are capitalised and seldom occur in lower case (so they do not just begin sentences), the most frequent first;
-    answers are in lower case, those first that most often stand between the article of the sentences and a punctuation
-    mark (so they are nouns).
+    answers are in lower case, those first that most often stand between an article and a punctuation mark (so they
+    are nouns).
 
     Raises:
         UserError: the text or the vocabulary has too few such words.
@@ -87,7 +72,7 @@ def recall_words(tokens: TokenFile, tokenizer: PreTrainedTokenizerBase) -> Recal
     texts = token_texts(tokenizer)
     inside = np.array([text[:1].isalpha() for text in texts])  # goes on with the word before
     ends_phrase = ~inside & np.array([text[:1] != " " for text in texts])
-    article = encode(tokenizer, TEMPLATES[0][1])[-1]
+    article = encode(tokenizer, ARTICLE)[-1]
     size = len(texts)
     occurs, whole, after = (np.zeros(size, dtype=np.int64) for _ in range(3))
     for start in range(0, len(tokens) - 2, COUNT_TOKENS):
@@ -180,7 +165,7 @@ class RecallTask:
 
     def sentence(self, kind: str, pair: tuple[int, int], template: int) -> Sentence:
         """The fact about a (name, answer), or the question with its answer, in the words of one template."""
-        tell, link, ask = self.templates[template]
+        tell, ask, link = self.templates[template]
         start = [*(ask if kind == "question" else tell), int(self.words.name_ids[pair[0]]), *link]
         return Sentence(kind, [*start, int(self.words.answer_ids[pair[1]]), *self.end], len(start))
 
@@ -193,7 +178,7 @@ class RecallTask:
         rng = np.random.default_rng([seed, index])
         segments = length // self.segment
         least = min(self.facts, segments)
-        pairs = self.words.draw(rng, round(_log_uniform(rng, least, segments)), held_out=False)
+        pairs = self.words.draw(rng, round(_log_uniform(rng, least, segments)))
         places: list[list[Sentence]] = [[] for _ in range(segments)]
         told = []
         for pair in pairs:
@@ -208,12 +193,12 @@ class RecallTask:
         return self._lay_out(rng, places, length, self.splits["train"], told)
 
     def evaluation_window(self, distance: int, index: int, split: str = "test") -> RecallWindow:
-        """(distance + 1) segments with held-out facts: the first segment tells, the last asks; the same in every run.
+        """(distance + 1) segments: the first segment tells, the last asks; the same in every run.
 
         The facts that are not asked stand in the first segment too; what does not fit goes into the ones after it.
         """
         rng = np.random.default_rng([distance, index])
-        pairs = self.words.draw(rng, self.facts, held_out=True)
+        pairs = self.words.draw(rng, self.facts)
         template = int(rng.integers(len(TEMPLATES)))
         places: list[list[Sentence]] = [[] for _ in range(distance + 1)]
         for number, pair in enumerate(pairs):
@@ -228,9 +213,7 @@ class RecallTask:
         if not distances or min(distances) < 1:
             raise UserError(f"--recall-distances is {distances}: give at least one, none below 1")
         fits = min(distances) * self.sentences_per_segment
-        pairs = len(self.words.draw(np.random.default_rng(0), self.facts, held_out=True))
-        # A random draw of pairs may get stuck above half of the words.
-        most = min(fits, len(self.words.names) // 2, len(self.words.answers) // 2, pairs)
+        most = min(fits, len(self.words.names), len(self.words.answers))
         if self.facts > most:
             raise UserError(
                 f"--recall-facts is {self.facts}: at most {most} fit into {min(distances)} segments of {self.segment} "

@@ -15,6 +15,7 @@ import transformers
 from newllm.evaluation.bands import ppl_band
 from newllm.evaluation.checks import check_as_trained, check_model, is_causal
 from newllm.evaluation.perplexity import evaluate, perplexity
+from newllm.evaluation.recall import evaluate_recall
 from newllm.models import TransformerLM, load_model
 from newllm.models.layers.base import create_layer
 from newllm.settings import RunSettings
@@ -58,6 +59,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "test_bits_per_byte": result["bits_per_byte"],
         "test_tokens": result["tokens"],
         **{key: result[key] for key in ("ppl_by_position", "sliding_ppl", "sliding", "segment_ppl", "recall")},
+        **({"recall_across_segments": evaluate_recall(model, data, settings)} if settings.recall_share else {}),
         "checks": [dataclasses.asdict(check) for check in checks],
         "valid": is_causal(checks),
         "ppl_band": ppl_band(result["ppl"], test.num_bytes / len(test.ids)),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import transformers
 from safetensors.torch import load_model as load_weights
 
+from newllm.data.recall import RecallDataset, WithRecall
 from newllm.data.windows import StreamDataset, WindowDataset
 from newllm.models import TransformerLM, create_model
 from newllm.models.reconstruction import Reconstruction
@@ -115,6 +116,7 @@ def _train(
     set_threads(settings)
     assert settings.seq_length is not None
     windows = WindowDataset(data.splits["train"], settings.seq_length, settings.samples, settings.seed)
+    recall = RecallDataset(data, settings, settings.seed) if settings.recall_share else None
     transformers.set_seed(settings.seed)
     model = new_model(settings, data)
     use_cache = model.config.use_cache
@@ -125,7 +127,7 @@ def _train(
         own = reconstruction_settings(settings, len(windows))
         results[RECONSTRUCTION] = _train_phase(first, own, windows, data, folder, RECONSTRUCTION, on_progress)
         first.freeze()
-    texts: WindowDataset | StreamDataset = windows
+    texts: WindowDataset | WithRecall | StreamDataset = windows if recall is None else WithRecall(windows, recall)
     if settings.streaming:
         assert settings.batch_size is not None
         texts = StreamDataset(data.splits["train"], settings.seq_length, settings.batch_size, settings.seed)
@@ -140,8 +142,8 @@ def _train(
 def reconstruction_settings(settings: RunSettings, num_windows: int) -> RunSettings:
     """Those of the first phase: its own learning rate and passes over the windows; never more than --max-tokens.
 
-    It carries no state, so nothing streams. The extra loggers get the second phase alone: they could not tell the two
-    losses apart.
+    It carries no state and answers no questions: no streams, no windows of recall. The extra loggers get the second
+    phase alone: they could not tell the two losses apart.
     """
     assert settings.seq_length is not None
     tokens = math.ceil(settings.reconstruction_epochs * num_windows) * settings.seq_length
@@ -153,13 +155,14 @@ def reconstruction_settings(settings: RunSettings, num_windows: int) -> RunSetti
         max_tokens=tokens if settings.max_tokens is None else min(tokens, settings.max_tokens),
         report_to=[],
         streaming=False,
+        recall_share=0.0,
     )
 
 
 def _train_phase(
     model: TransformerLM | Reconstruction,
     settings: RunSettings,
-    windows: WindowDataset | StreamDataset,
+    windows: WindowDataset | WithRecall | StreamDataset,
     data: PreparedData,
     run_folder: Path,
     phase: str,

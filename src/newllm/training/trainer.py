@@ -8,6 +8,8 @@ the step itself, clipping, accumulation, the optimizer's and the learning rate's
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,19 +45,30 @@ class RunSampler(Sampler[int]):
 
     The Trainer sees one long epoch. So a batch may span two passes (no short batches), and a resumed run finds its
     place by counting batches, with nothing to restore.
+
+    With a recall_share, that share of the optimizer steps, spread evenly, takes the windows of recall instead: indices
+    from num_windows on, in order, each once.
     """
 
-    def __init__(self, num_windows: int, num_samples: int, seed: int) -> None:
+    def __init__(
+        self, num_windows: int, num_samples: int, seed: int, samples_per_step: int = 1, recall_share: float = 0.0
+    ) -> None:
         self.num_windows, self.num_samples, self.seed = num_windows, num_samples, seed
+        self.samples_per_step, self.recall_share = samples_per_step, recall_share
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
+        windows, recall = self._passes(), itertools.count(self.num_windows)
+        for step in range(self.num_samples // self.samples_per_step):
+            is_recall = math.floor((step + 1) * self.recall_share) > math.floor(step * self.recall_share)
+            yield from itertools.islice(recall if is_recall else windows, self.samples_per_step)
+
+    def _passes(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
-        for start in range(0, self.num_samples, self.num_windows):
-            order = torch.randperm(self.num_windows, generator=generator).tolist()
-            yield from order[: self.num_samples - start]
+        while True:
+            yield from torch.randperm(self.num_windows, generator=generator).tolist()
 
 
 class LMTrainer(Trainer):
@@ -91,7 +104,7 @@ class LMTrainer(Trainer):
         num_samples = self.schedule.total_steps * samples_per_step
         if self.settings.streaming:  # a StreamDataset holds the rows of all passes in their order
             return SequentialSampler(range(num_samples))
-        return RunSampler(windows, num_samples, self.settings.seed)
+        return RunSampler(windows, num_samples, self.settings.seed, samples_per_step, self.settings.recall_share)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices, embeddings among them; not biases, norms and gates, which are vectors."""
