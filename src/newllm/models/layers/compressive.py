@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from newllm.models.cache import MemoryState
 from newllm.models.layers.base import MLP, Layer
 from newllm.models.linear import Linear
-from newllm.models.positions import RotaryPosition, create_position, position_spec
+from newllm.models.positions import create_position, position_spec
+from newllm.models.segment_attention import LOCAL, SegmentAttention
 from newllm.ops import reference
-from newllm.ops.attention import causal_attention
-from newllm.ops.linear_attention import causal_linear_attention, feature_map
+from newllm.ops.linear_attention import feature_map
 from newllm.ops.memory import Found, read, read_segments, write
 from newllm.settings import UserError, nearest
 
-LOCAL = ("softmax", "linear")
 MEMORY_GRAD = ("through", "detach")
 
 
@@ -62,14 +61,13 @@ class CompressiveLayer(Layer):
         for name, value, valid in (("local", local, LOCAL), ("memory_grad", memory_grad, MEMORY_GRAD)):
             if value not in valid:
                 raise nearest(str(value), list(valid), name, f"of layer type '{self.type_name}'")
-        self.position = create_position(position)
-        self._arguments |= {"position": position_spec(self.position), "memory_head_dim": memory_head_dim}
+        self.attention = SegmentAttention(num_heads, hidden_size // num_heads, create_position(position), local)
+        self._arguments |= {"position": position_spec(self.attention.position), "memory_head_dim": memory_head_dim}
         self.num_memories, self.segments_per_memory = num_memories, segments_per_memory
-        self.num_heads, self.head_size = num_heads, hidden_size // num_heads
         self.num_memory_heads, self.memory_head_dim = hidden_size // memory_head_dim, memory_head_dim
-        self.segment_length, self.local = segment_length, local
+        self.hidden_size, self.segment_length = hidden_size, segment_length
         self.use_delta_rule, self.memory_grad = use_delta_rule, memory_grad
-        # Memories that are read but not written. No part of the spec: set for a while, see `models/memory.py`.
+        # Memories that are read but not written outside training. No part of the spec, see `models/memory.py`.
         self.frozen: set[int] = set()
         self.norm_attention = nn.LayerNorm(hidden_size)
         self.norm_mlp = nn.LayerNorm(hidden_size)
@@ -149,7 +147,7 @@ class CompressiveLayer(Layer):
         keys, values = (torch.cat([old[:, 1:], x], dim=1) for old, x in ((old_keys, k), (old_values, v)))
         filled = old_filled + 1
         held = torch.arange(S, device=q.device) >= S - filled[:, None]
-        mixed = self._attend_last(q, keys, values, held)
+        mixed = self.attention.last(q, keys, values, held).unsqueeze(1)
         if self.num_memories:
             features = self._features(q.unsqueeze(1))
             reads, mass = read(features.unsqueeze(1), memory["matrix"].unsqueeze(3), memory["normaliser"].unsqueeze(3))
@@ -181,7 +179,7 @@ class CompressiveLayer(Layer):
         last: whether what becomes of the memories after the last segment matters.
         """
         q, k, v = (x.unflatten(1, (-1, self.segment_length)) for x in (q, k, v))  # (B, G, S, D)
-        mixed = self._attend(q, k, v)
+        mixed = self.attention.whole(q, k, v)
         if self.num_memories:
             G = q.shape[1]
             order = torch.arange(G, device=q.device)
@@ -215,7 +213,7 @@ class CompressiveLayer(Layer):
 
     def _turns(self, segments: Tensor) -> Tensor:
         """The memory to which each segment, counted from the row's first, is written; −1 if all are frozen."""
-        open_ones = [n for n in range(self.num_memories) if n not in self.frozen]
+        open_ones = [n for n in range(self.num_memories) if self.training or n not in self.frozen]
         if not open_ones:
             return torch.full_like(segments, -1)
         return torch.tensor(open_ones, device=segments.device)[segments // self.segments_per_memory % len(open_ones)]
@@ -262,39 +260,6 @@ class CompressiveLayer(Layer):
         mixed = local_heads + gate * (self.mix(q, found) - local_heads)
         return mixed.movedim(1, 3).flatten(3).to(local.dtype)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention within each segment (B, G, S, D). Slots behind a row's text are seen by none of it."""
-        shape, slots = q.shape, torch.arange(self.segment_length, device=q.device)[None]
-        q, k, v = (self._local_heads(x.flatten(0, 1)) for x in (q, k, v))
-        if self.local == "linear":
-            mixed = causal_linear_attention(q, k, v)
-        else:
-            q, k = self.position.rotate(q, slots), self.position.rotate(k, slots)
-            mixed = causal_attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device))
-        return mixed.transpose(1, 2).reshape(shape)
-
-    def _attend_last(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor) -> Tensor:
-        """The last token's attention to a segment that fills its slots (B, S, D) from the end: (B, 1, 1, D).
-
-        held: (B, S) bool, the slots that are filled.
-        """
-        S = k.shape[1]
-        q, k, v = (self._local_heads(x) for x in (q, k, v))  # (B, H, 1, d), (B, H, S, d)
-        if self.local == "linear":
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            weights = feature_map(q.to(dtype)) @ feature_map(k.to(dtype)).transpose(2, 3)  # (B, H, 1, S)
-            weights = weights * held[:, None, None]
-            mixed = (weights @ v.to(dtype) / weights.sum(dim=-1, keepdim=True)).to(q.dtype)
-        else:
-            slots = torch.arange(S, device=q.device)[None]
-            q, k = self.position.rotate(q, slots[:, -1:]), self.position.rotate(k, slots)
-            mixed = causal_attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device), mask=held)
-        return mixed.transpose(1, 2).flatten(2).unsqueeze(1)
-
-    def _local_heads(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, H, T, d)."""
-        return x.unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
-
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Output projection of what was mixed (B, T, D), MLP, and the residual."""
         return x + self.out(mixed) + self.mlp(self.norm_mlp(x))
@@ -308,7 +273,7 @@ class CompressiveLayer(Layer):
         return self.num_memories * self.num_memory_heads * (d * d + d) * max(element_size, 4)
 
     def state_bytes(self, tokens: int, element_size: int) -> int:
-        pending = 2 * self.segment_length * self.num_heads * self.head_size * element_size
+        pending = 2 * self.segment_length * self.hidden_size * element_size
         return self.memory_bytes(element_size) + pending + 2 * 8  # and two counts, int64
 
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -329,7 +294,7 @@ class CompressiveLayer(Layer):
         out = []
         for number, start in enumerate(range(0, len(q), S)):
             segment = slice(start, start + S)
-            local = self._reference_local(q[segment], k[segment], v[segment])
+            local = self.attention.reference(q[segment], k[segment], v[segment])
             queries, keys, values = (x[segment].split(d, dim=1) for x in (q, k, v))  # Hm times (n, d)
             for t, attended in enumerate(local):
                 parts = []
@@ -350,19 +315,6 @@ class CompressiveLayer(Layer):
     def reference_mix(self, q: Tensor, known: list[tuple[Tensor, Tensor]], h: int) -> Tensor:
         """What one query (d) of head h makes of N memories (M, z), at least one of which is not empty: (d)."""
         raise NotImplementedError
-
-    def _reference_local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention within one segment (n, D)."""
-        positions = torch.arange(len(q))[None]
-        q, k, v = (self._local_heads(x[None]) for x in (q, k, v))
-        if self.local == "linear":
-            mixed = reference.linear_attention(q, k, v)
-        else:
-            if isinstance(self.position, RotaryPosition):
-                rotary_dim = self.position.rotary_dim(self.head_size)
-                q, k = (reference.rope(heads, positions, rotary_dim, self.position.base) for heads in (q, k))
-            mixed = reference.attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device))
-        return mixed[0].transpose(0, 1).flatten(1)
 
 
 def lay_out(x: Tensor, slots: Tensor, size: int) -> Tensor:
