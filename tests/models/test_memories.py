@@ -18,7 +18,7 @@ S = 4
 
 
 def make(name, **options):
-    layer = create_layer({"type": name, **SHAPE, "segment_length": S, **options}).double()
+    layer = create_layer({"type": name, **SHAPE, "segment_length": S, **options}).double().eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return layer

@@ -7,25 +7,26 @@ input, {"do": name of a method of Work, **arguments}, and answers each with one 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from newllm.evaluation.cache_size import cache_bytes
+from newllm.evaluation.cumulative_sum import as_cumulative_sum
+from newllm.evaluation.process_memory import peak_bytes, reset_peak, resident_bytes, trim_heap
 from newllm.evaluation.rivals import build_rival, rival_cache
+from newllm.evaluation.stream import Stream, fill, repeated
+from newllm.models.layers import create_layer
+from newllm.models.layers.compressive import CompressiveLayer
 from newllm.settings import UserError
 
 
@@ -156,6 +157,81 @@ class Work:
         self.cache = None
         return {"used": measured.used, "allocated": measured.allocated}
 
+    @torch.no_grad()
+    def start_stream(self, dtype: str, chunk: int, ids: str) -> dict[str, Any]:
+        """Begins to read a long text, token ids in a .npy file, `chunk` tokens at a time; then `grow` goes on.
+
+        Returns:
+            resident_bytes before there is a state.
+        """
+        self.infer(dtype)
+        # One stream is read and dropped: what it allocates and stays, such as packed weights, is no state.
+        warm = Stream(self.model, np.load(ids), chunk)
+        warm.read(chunk)
+        warm.fill()
+        warm.decode()
+        del warm
+        self.stream = Stream(self.model, np.load(ids), chunk)
+        trim_heap()
+        return {"resident_bytes": resident_bytes(self.device)}
+
+    @torch.no_grad()
+    def grow(self, tokens: int, warmup: int, steps: int) -> dict[str, Any]:
+        """Reads on until `tokens` tokens are read; decodes the last of them, one at a time.
+
+        warmup: tokens decoded before, not counted.
+
+        Returns:
+            seconds of each of `steps` tokens; used and allocated bytes of the state at the end; peak_bytes meanwhile.
+        """
+        self.stream.read(tokens - warmup - steps)
+        self.stream.fill()
+        trim_heap()
+        reset_peak(self.device)
+        self._repeat(self.stream.decode, most=warmup)
+        times = self._repeat(self.stream.decode, steps)
+        measured = cache_bytes(self.stream.cache)
+        peak = peak_bytes(self.device)
+        self.stream.empty()
+        return {"seconds": times, "peak_bytes": peak} | measured._asdict()
+
+    def build_layer(
+        self, spec: dict[str, Any], cumulative_sum: bool, device: str, threads: int | None, dtype: str, seed: int = 0
+    ) -> dict[str, Any]:
+        """Builds one layer for `read_layer`; cumulative_sum: written as in `cumulative_sum.py`."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        torch.manual_seed(seed)
+        self.device = torch.device(device)
+        layer = create_layer(spec)
+        if cumulative_sum:
+            assert isinstance(layer, CompressiveLayer)
+            layer = as_cumulative_sum(layer)
+        self.layer = layer.eval().requires_grad_(False).to(self.device, getattr(torch, dtype))
+        return {"parameters": sum(p.numel() for p in layer.parameters())}
+
+    @torch.no_grad()
+    def read_layer(self, rows: int, length: int, warmup: int, steps: int) -> dict[str, Any]:
+        """Forward passes of the layer over whole rows of random embeddings, which are made and dropped here.
+
+        Returns:
+            seconds of each of `steps` passes, `warmup` more before them; peak_bytes during these over what is resident
+            with the embeddings.
+        """
+        weight = next(self.layer.parameters())
+        x = torch.randn(rows, length, self.layer.spec["hidden_size"], device=self.device, dtype=weight.dtype)
+        positions = torch.arange(length, device=self.device).expand(rows, length)
+
+        def step() -> None:
+            self.layer(x, positions=positions, mask=None, state=None)
+
+        self._repeat(step, most=warmup)
+        trim_heap()
+        resident = resident_bytes(self.device)
+        reset_peak(self.device)
+        times = self._repeat(step, steps)
+        return {"seconds": times, "peak_bytes": peak_bytes(self.device) - resident}
+
     def bandwidth(self, device: str, threads: int | None, megabytes: int, seconds: float) -> dict[str, Any]:
         """The fastest that this device reads memory, in bytes per second: the best of several reductions of a buffer.
 
@@ -180,21 +256,22 @@ class Work:
     def _fill(self, rows: int, context: int, chunk: int, capacity: int) -> None:
         """A cache of `context` tokens in `rows` rows, made in a moment: reading 32k tokens would take minutes.
 
-        What `chunk` tokens of one row leave in a cache is appended again and again, in all rows. The bytes, the spare
-        room and the time of a step depend on the length alone. `capacity` is what a static cache is allocated for.
+        What `chunk` tokens of one row leave in a cache is appended again and again, in all rows, see `fill`. The bytes,
+        the spare room and the time of a step depend on the length alone. `capacity` is what a static cache is allocated
+        for.
         """
         ids = self._tokens(1, min(chunk, context))
         if self.rival is None:
             # At the model's precision, since what is appended to a quantised cache is what the layers computed.
             read, self.cache = self.model.make_cache(precision="model"), self.model.make_cache()  # type: ignore[operator]
             self.model(input_ids=ids, past_key_values=read, logits_to_keep=1)
-            streams = [list(state.tensors().values()) for state in read.layers]
+            for state, sample in zip(self.cache.layers, read.layers, strict=True):
+                fill(state, sample, rows, context)
         else:
             read = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
             self.cache = rival_cache(self.rival, self.model, capacity)
-            streams = [[layer.keys, layer.values] for layer in read.layers]
-        for layer, tensors in zip(self.cache.layers, streams, strict=True):
-            layer.update(*(_repeated(tensor, rows, context) for tensor in tensors))
+            for layer, sample in zip(self.cache.layers, read.layers, strict=True):
+                layer.update(*(repeated(tensor, rows, context) for tensor in (sample.keys, sample.values)))
 
     def _tokens(self, rows: int, length: int, ids: str | None = None) -> Tensor:
         if ids is None:
@@ -245,44 +322,6 @@ def weight_bytes(model: nn.Module, rows: int) -> int:
     if embedding is model.get_output_embeddings().weight:  # type: ignore[operator]
         return total
     return total - embedding.nbytes + rows * embedding[0].nbytes
-
-
-def _repeated(tensor: Tensor, rows: int, tokens: int) -> Tensor:
-    """(1, N, c, d) → (rows, N, tokens, d), the tokens over and over again."""
-    return tensor.repeat(rows, 1, -(-tokens // tensor.shape[2]), 1)[:, :, :tokens]
-
-
-def trim_heap() -> None:
-    """Gives what is freed back to the system, with glibc: the resident set is then what is in use."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident_bytes(device: torch.device) -> int:
-    """Memory of this process now: resident set on a CPU, torch's allocations on a GPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def reset_peak(device: torch.device) -> None:
-    """`peak_bytes` forgets what was before, on a GPU and on Linux; elsewhere it stays the peak of the whole process."""
-    clear = Path("/proc/self/clear_refs")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif clear.is_file():
-        clear.write_text("5")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory of this process: resident set on a CPU, torch's allocations on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux: getrusage would count what the parent held when it forked
-        return next(int(line.split()[1]) * 1024 for line in status.open() if line.startswith("VmHWM"))
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:
