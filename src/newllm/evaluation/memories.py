@@ -10,20 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from newllm.evaluation.perplexity import perplexity, token_weighted_loss
-from newllm.models.layers.compressive import CompressiveLayer
 from newllm.models.layers.hierarchical import HierarchicalLayer
+from newllm.models.memory import layers_with_memories
 from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
     from newllm.data import TokenFile
     from newllm.models import TransformerLM
-
-
-def memory_layers(model: TransformerLM) -> dict[int, CompressiveLayer]:
-    """The layers that have memories, by depth."""
-    return {
-        n: layer for n, layer in enumerate(model.layers) if isinstance(layer, CompressiveLayer) and layer.num_memories
-    }
 
 
 def memory_figures(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) -> dict[str, Any] | None:
@@ -34,7 +27,7 @@ def memory_figures(model: TransformerLM, tokens: TokenFile, settings: CommonSett
     memories, "fine_closed_ppl" has every γ = 0, the coarse memory alone, and "fine_open" is the mean γ of a layer's
     queries that found anything.
     """
-    layers = memory_layers(model)
+    layers = layers_with_memories(model.layers)
     if not layers:
         return None
     hierarchical = [layer for layer in layers.values() if isinstance(layer, HierarchicalLayer)]

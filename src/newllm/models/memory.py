@@ -23,6 +23,11 @@ from newllm.settings import UserError
 MemoryTensors = dict[str, Tensor]
 
 
+def layers_with_memories(layers: Iterable[nn.Module]) -> dict[int, CompressiveLayer]:
+    """Those that have memories, by their place in the model."""
+    return {n: layer for n, layer in enumerate(layers) if isinstance(layer, CompressiveLayer) and layer.num_memories}
+
+
 class HoldsMemory:
     """What a language model can do with its memory; a mixin of `TransformerLM`."""
 
@@ -36,11 +41,7 @@ class HoldsMemory:
 
     def memory_layers(self) -> dict[int, CompressiveLayer]:
         """The layers that have memories, by their place in the model. Raises UserError where there are none."""
-        found = {
-            n: layer
-            for n, layer in enumerate(self.layers)
-            if isinstance(layer, CompressiveLayer) and layer.num_memories
-        }
+        found = layers_with_memories(self.layers)
         if not found:
             raise UserError(f"this model has no memory layer; presets that have one: {', '.join(memory_presets())}")
         return found
@@ -70,10 +71,8 @@ class HoldsMemory:
         self._memory = {name: tensor.detach().clone() for name, tensor in state.items() if not name.endswith(".frozen")}
 
     def freeze_memory(self, banks: Iterable[int]) -> None:
-        """Memories (banks) with these indices are from now on read and no longer written, in every memory layer.
-
-        The layers know no exception: unfreeze before training.
-        """
+        """Outside training, memories (banks) with these indices are from now on read and no longer written, in every
+        memory layer."""
         banks, layers = set(banks), self.memory_layers()
         for n, layer in layers.items():
             self._check_banks(n, layer, banks)
