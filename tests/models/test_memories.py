@@ -269,6 +269,23 @@ def test_any_mix_of_layers_from_objects():
     assert create_model("infini", **CHECK_SHAPE, num_memory_banks=2, segments_per_bank=3).layers[0].num_memories == 2
 
 
+@TYPES
+def test_memories_are_computed_in_float32_also_under_autocast(name):
+    model = create_model(name, **CHECK_SHAPE, segment_length=S).eval()
+    layer, cache = model.layers[0], model.make_cache()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(61, (2, S)), past_key_values=cache)
+        state = cache.layers[0]
+        assert state.tensors()["keys"].dtype == torch.bfloat16
+        keys, values = (state.tensors()[part].float().unflatten(-1, (1, -1)) for part in ("keys", "values"))
+        features = keys.movedim(2, 1).clamp(max=0).exp() + keys.movedim(2, 1).clamp(min=0)
+        expected = features.double().transpose(2, 3) @ values.movedim(2, 1).double()
+    matrix = state.memory()["matrix"]
+    assert matrix.dtype == torch.float32
+    torch.testing.assert_close(matrix[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert layer.num_memory_heads == 1
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

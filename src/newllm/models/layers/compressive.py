@@ -100,10 +100,11 @@ class CompressiveLayer(Layer):
         T = x.shape[1]
         q, k, v = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)  # (B, T, D)
         real = None if mask is None else mask[:, mask.shape[1] - T :]
-        if state is None:
-            mixed = self._whole(q, k, v) if real is None else self._chunk(q, k, v, real, self.make_state())
-        else:
-            mixed = self._token(q, k, v, real, state) if T == 1 else self._chunk(q, k, v, real, state)
+        with exact_products(x):
+            if state is None:
+                mixed = self._whole(q, k, v) if real is None else self._chunk(q, k, v, real, self.make_state())
+            else:
+                mixed = self._token(q, k, v, real, state) if T == 1 else self._chunk(q, k, v, real, state)
         return self._finish(x, mixed)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -168,7 +169,8 @@ class CompressiveLayer(Layer):
             return
         filled, memory = values["filled"], state.memory()
         held = torch.arange(self.segment_length, device=filled.device) >= self.segment_length - filled[:, None]
-        memory = self._write(values["keys"], values["values"], memory, filled > 0, held)
+        with exact_products(filled):
+            memory = self._write(values["keys"], values["values"], memory, filled > 0, held)
         state.store(0, **memory, filled=torch.zeros_like(filled))
 
     def _segments(
@@ -315,6 +317,11 @@ class CompressiveLayer(Layer):
     def reference_mix(self, q: Tensor, known: list[tuple[Tensor, Tensor]], h: int) -> Tensor:
         """What one query (d) of head h makes of N memories (M, z), at least one of which is not empty: (d)."""
         raise NotImplementedError
+
+
+def exact_products(x: Tensor) -> torch.autocast:
+    """Inside, products are of the dtype of their factors: autocast would make those of the memories bf16."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def lay_out(x: Tensor, slots: Tensor, size: int) -> Tensor:
