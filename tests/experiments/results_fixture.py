@@ -65,7 +65,56 @@ def make_row(model: str, seed: int, quality: float, cache: int, speed: float, sl
     }  # fmt: skip
 
 
-def make_results(seeds: int = 3, models: int | None = None) -> dict:
+RECALL = {  # accuracy at 1, 4 and 16 segments, bytes of state at 16, whether it has memories to take away
+    "pythia": ((0.99, 0.985, 0.96), 2_097_152, False),
+    "pythia_alibi": ((0.97, 0.93, 0.41), 2_097_152, False),
+    "gqa": ((0.98, 0.96, 0.93), 1_048_576, True),
+    "mqa": ((0.94, 0.81, 0.33), 131_072, True),
+}
+
+
+def make_recall(model: str, seed: int) -> dict | None:
+    """As evaluate_recall gives it: chance is 1 of 64, and with knock-outs recall falls to it."""
+    if model not in RECALL:
+        return None
+    rng = random.Random(f"recall-{model}-{seed}")
+    accuracies, state_bytes, memories = RECALL[model]
+
+    def share(value: float) -> dict:
+        value = min(1.0, max(0.0, value + rng.gauss(0, 0.012)))
+        return {"value": value, "low": max(0.0, value - 0.04), "high": min(1.0, value + 0.04)}
+
+    def both(value: float) -> dict:
+        return {"accuracy": share(value), "accuracy_among_told": share(0.5 + value / 2)}
+
+    distances = []
+    for distance, accuracy in zip((1, 4, 16), accuracies, strict=True):
+        record = {
+            "distance": distance,
+            "tokens": (distance + 1) * 32,
+            "beyond_training": distance == 16,
+            "windows": 200,
+        }
+        record |= {**both(accuracy), "answer_ppl": 1.4, "cached_accuracy": accuracy, "state_bytes": state_bytes}
+        distances.append(record | ({"zeroed": both(0.015), "swapped": both(0.02)} if memories else {}))
+    example = [
+        ["text", "And all the soldiers"],
+        ["fact", " Know: they call Hamlet <lion>."],
+        ["text", " of the king"],
+        ["other fact", " Hear: we call Kate moon."],
+        ["text", " are gone\nTo see the city."],
+        ["question", " Say: they call Hamlet"],
+        ["answer", " <lion>"],
+        ["question", "."],
+        ["text", " Stand & go."],
+    ]
+    return {
+        "segment": 32, "facts": 2, "names": 60, "answers": 64, "chance": 1 / 64, "chance_among_told": 0.5,
+        "distances": distances, "example": example,
+    }  # fmt: skip
+
+
+def make_results(seeds: int = 3, models: int | None = None, recall: bool = False) -> dict:
     """`seeds` for every model but the last, which has one; `models` None takes the six named ones."""
     chosen = dict(MODELS)
     rng = random.Random(4)
@@ -84,6 +133,9 @@ def make_results(seeds: int = 3, models: int | None = None) -> dict:
         for model in names
         if seed == 0 or model != names[-1] or len(names) == 1
     ]
+    if recall:
+        for row in rows:
+            row["recall_across_segments"] = make_recall(row["model"], row["seed"])
     return {
         "name": "positions and heads", "baseline": "pythia", "created": "2026-11-24T06:30:00+00:00", "version": "0.1.0",
         "command": "newllm compare --models " + " ".join(names) + " --scale small --seeds " + " ".join(map(str, range(seeds))),
@@ -116,6 +168,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", type=int)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--recall", action="store_true")
     options = parser.parse_args()
-    write_results(options.folder, make_results(options.seeds, options.models))
+    write_results(options.folder, make_results(options.seeds, options.models, options.recall))
     print(write_report(options.folder))

@@ -11,6 +11,7 @@ import pytest
 from results_fixture import make_results
 
 from newllm.experiments.report import words, write_report
+from newllm.experiments.report.recall import accuracy, recall_plots
 from newllm.experiments.results import summarise, write_results
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -252,3 +253,66 @@ def test_a_report_without_speed_baseline_or_rows_is_still_made(tmp_path):
     assert "the baseline pythia has no valid result to compare it with" in html
     assert 'plot-loss"' not in html
     assert "There is no valid result" in report(tmp_path, results | {"rows": []}).read_text()
+
+
+def test_recall_is_told_only_where_it_was_measured(tmp_path):
+    without = report(tmp_path / "without", make_results())
+    assert "Recall across segments" not in without.read_text() + without.with_suffix(".md").read_text()
+    html = report(tmp_path / "with", make_results(recall=True))
+    markdown = html.with_suffix(".md").read_text()
+    assert (
+        "| Model | 1 segments later | 4 segments later | 16 * segments later | Among told | Zeroed | Swapped"
+        in markdown
+    )
+    lines = [line.split("|") for line in markdown.split("## Recall")[1].splitlines() if line.startswith("| ")]
+    rows = {cells[1].strip(): cells[2:-1] for cells in lines[:5]}
+    assert rows["gqa"][-1].strip() == "1,048,576"
+    assert rows["pythia"][-2].strip() == "—"
+    assert "Know: they call Hamlet <lion>." in markdown
+
+
+def test_recall_takes_knock_outs_and_intervals_from_what_was_measured():
+    summaries = summarise(make_results(recall=True))
+    plots = recall_plots(summaries)
+    traces = plots["plot-recall"]["data"]
+    roles = [(summaries[t["meta"]["model"]].model, t["meta"]["role"]) for t in traces]
+    assert {role for model, role in roles if model == "pythia"} == {"line"}
+    assert {role for model, role in roles if model == "mqa"} == {"line", "zeroed", "swapped"}
+    for line in traces:
+        assert line["x"] == ["1", "4", "16 *"]
+        bars = line.get("error_y", {"array": [0] * 3, "arrayminus": [0] * 3})
+        for y, up, down in zip(line["y"], bars["array"], bars["arrayminus"], strict=True):
+            assert -1e-9 <= y - down <= y + up <= 100 + 1e-9
+    (one,) = summarise(make_results(seeds=1, models=1, recall=True))
+    value = accuracy(one, 4)
+    assert value.count == 1
+    assert value.half_width == pytest.approx(4, abs=1), "of one seed, the interval over its windows"
+    assert recall_plots(summarise(make_results())) == {}
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_recall_section_is_drawn(tmp_path, width):
+    html = report(tmp_path, make_results(recall=True))
+    with browser(width, 900) as driver:
+        open_report(driver, html)
+        assert not driver.get_log("browser")
+        assert overflow(driver) <= 0
+        marked = driver.find_elements("css selector", "section[aria-labelledby=recall] mark")
+        assert [mark.get_attribute("class") for mark in marked] == [
+            "fact",
+            "other-fact",
+            "question",
+            "answer",
+            "question",
+        ]
+        names = driver.find_elements("css selector", "#plot-recall-state .annotation-text")
+        assert {name.text for name in names} == {"pythia", "pythia_alibi", "gqa", "mqa"}
+        lines = "return document.querySelectorAll('#plot-recall .scatterlayer .trace').length"
+        assert driver.execute_script(lines) == 8
+        driver.execute_script("document.querySelectorAll('.legend')[1].children[3].click()")  # gqa
+        assert driver.execute_script(lines) == 5
+        pressed = (
+            "return [...document.querySelectorAll('.legend')].map(l => l.children[3].getAttribute('aria-pressed'))"
+        )
+        assert driver.execute_script(pressed) == ["false", "false"]

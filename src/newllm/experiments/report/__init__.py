@@ -12,6 +12,7 @@ import yaml
 from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
 from newllm.experiments.report import words
 from newllm.experiments.report.plots import all_plots, position_estimates
+from newllm.experiments.report.recall import recall_plots, recall_section
 from newllm.experiments.results import (
     ModelSummary,
     Results,
@@ -56,7 +57,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    figures = all_plots(summaries)
+    figures = all_plots(summaries) | {name: plot for name, plot in recall_plots(summaries).items() if plot}
     browser_data = {
         "models": [{"name": s.model, "baseline": s.is_baseline, "valid": s.valid} for s in summaries],
         "figures": figures,
@@ -75,6 +76,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
         "perplexity": table(summaries, PERPLEXITY_COLUMNS),
         "costs": table(summaries, COST_COLUMNS),
         "positions": position_table(summaries),
+        "recall": recall_section(summaries),
         "check_names": check_names,
         "checks": [check_row(summary, check_names) for summary in summaries],
         "samples": [(s.model, s.valid, s.rows[0]["sample"]) for s in summaries if s.rows[0].get("sample")],

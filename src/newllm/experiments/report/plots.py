@@ -23,7 +23,7 @@ LABEL_WIDTH = 20  # characters
 Figure = dict[str, Any]
 
 
-def _trace(model: int, role: str, x: list, y: list, **options: Any) -> dict[str, Any]:
+def trace(model: int, role: str, x: list, y: list, **options: Any) -> dict[str, Any]:
     return {"type": "scatter", "x": x, "y": y, "meta": {"model": model, "role": role}, "showlegend": False, **options}
 
 
@@ -58,9 +58,9 @@ def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
         if len(seeds) > 1:
             per_seed = [f"{label(summary.model)}, seed {seed}: {ppl:.2f}" for seed, ppl in seeds.items()]
             traces.append(
-                _trace(model, "seed", list(seeds.values()), [place] * len(seeds), text=per_seed, hoverinfo="text")
+                trace(model, "seed", list(seeds.values()), [place] * len(seeds), text=per_seed, hoverinfo="text")
             )
-        traces.append(_trace(model, "mean", [value.mean], [place], error_x=_error([value]), hovertemplate=hover))
+        traces.append(trace(model, "mean", [value.mean], [place], error_x=_error([value]), hovertemplate=hover))
     baseline = next((s for s in shown if s.is_baseline), None)
     line = [{"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}] if baseline and len(shown) > 1 else []
     for shape in line:
@@ -99,7 +99,7 @@ def cache_plot(summaries: list[ModelSummary]) -> Figure | None:
         hover = f"<b>{name}</b><br>perplexity %{{y:.2f}}<br>{number(size or 0, 0)} bytes/token<extra></extra>"
         x = [size or 2.0 ** (low - 1)]
         traces.append(
-            _trace(
+            trace(
                 i,
                 "point",
                 x,
@@ -148,7 +148,7 @@ def loss_plot(summaries: list[ModelSummary]) -> Figure | None:
         hover = f"<b>{label(summary.model)}</b>, %{{x:,.0f}} tokens<br>%{{y:.3f}} nats<extra></extra>"
         if training:
             x, y = _thin_out(training)
-            traces.append(_trace(i, "train", x, y, mode="lines", hoverinfo="skip"))
+            traces.append(trace(i, "train", x, y, mode="lines", hoverinfo="skip"))
             if summary.valid:
                 lowest.append(min(y))
         if not validation:
@@ -156,9 +156,9 @@ def loss_plot(summaries: list[ModelSummary]) -> Figure | None:
         x, y = list(validation), [fmean(losses) for losses in validation.values()]
         if any(len(losses) > 1 for losses in validation.values()):
             low, high = [min(v) for v in validation.values()], [max(v) for v in validation.values()]
-            outline = _trace(i, "band", x + x[::-1], high + low[::-1], mode="lines", fill="toself", hoverinfo="skip")
+            outline = trace(i, "band", x + x[::-1], high + low[::-1], mode="lines", fill="toself", hoverinfo="skip")
             traces.append(outline)
-        traces.append(_trace(i, "validation", x, y, mode="lines+markers", hovertemplate=hover))
+        traces.append(trace(i, "validation", x, y, mode="lines+markers", hovertemplate=hover))
         if summary.valid:
             early_losses.append(y[len(y) // 5])
             lowest.append(min(y))
@@ -200,7 +200,7 @@ def position_plots(summaries: list[ModelSummary]) -> tuple[Figure | None, Figure
         hover = f"<b>{label(summary.model)}</b>, tokens %{{x}}<br>%{{y:.2f}}<extra></extra>"
         x, values = list(ranges), list(ranges.values())
         y = [value.mean for value in values]
-        absolute.append(_trace(i, "line", x, y, mode="lines+markers", error_y=_error(values), hovertemplate=hover))
+        absolute.append(trace(i, "line", x, y, mode="lines+markers", error_y=_error(values), hovertemplate=hover))
         if baseline is None or not summary.valid:
             continue
         theirs = _by_position(baseline)
@@ -209,7 +209,7 @@ def position_plots(summaries: list[ModelSummary]) -> tuple[Figure | None, Figure
         x, values = list(differences), list(differences.values())
         y = [value.mean for value in values]
         hover = hover.replace("%{y:.2f}", "%{y:+.1f} %")
-        relative.append(_trace(i, "line", x, y, mode="lines+markers", error_y=_error(values), hovertemplate=hover))
+        relative.append(trace(i, "line", x, y, mode="lines+markers", error_y=_error(values), hovertemplate=hover))
     axis = {"title": {"text": "position in the window, tokens"}, "type": "category"}
     first = {"xaxis": axis, "yaxis": {"title": {"text": "perplexity (log scale)"}, "type": "log", "nticks": 6}}
     second = {"xaxis": axis, "yaxis": {"title": {"text": "difference to the baseline, %"}, "zeroline": True}}

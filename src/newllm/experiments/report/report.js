@@ -29,6 +29,8 @@ function styled(trace) {
     case "seed": Object.assign(result, { mode: "markers", marker: { color: faded(color, 0.45), size: 6 } }); break;
     case "mean": Object.assign(result, { mode: "markers", marker: { ...result.marker, size: 11 } }); break;
     case "point": Object.assign(result, { mode: "markers", marker: { ...result.marker, size: 11 } }); break;
+    case "zeroed": Object.assign(result, { line: { color: faded(color, 0.8), dash: "dash", width: 1.4 } }); result.marker.size = 5; break;
+    case "swapped": Object.assign(result, { line: { color: faded(color, 0.8), dash: "dot", width: 1.4 } }); result.marker.size = 5; break;
     case "train": result.line = { color: faded(color, 0.35), width: 1 }; break;
     case "band": Object.assign(result, { fillcolor: faded(color, 0.14), line: { width: 0 } }); break;
     case "validation": result.line.width = 2.6; result.marker.size = 5; break;
@@ -45,14 +47,16 @@ function axis(given) {
   };
 }
 
+const LABELLED = ["plot-cache", "plot-recall-state"]; // a name beside each point
 const coarse = matchMedia("(pointer: coarse)").matches; // a finger on a plot scrolls the page
 function draw(id) {
   const element = document.getElementById(id);
   const { data, layout } = report.figures[id];
-  const curves = id !== "plot-perplexity" && id !== "plot-cache";
+  const labelled = LABELLED.includes(id);
+  const curves = id !== "plot-perplexity" && !labelled;
   const traces = data.filter((trace) => !curves || !hidden.has(trace.meta.model)).map(styled);
-  if (!curves) element.style.height = `${Math.max(360, 120 + 32 * report.figures["plot-perplexity"].layout.yaxis.tickvals.length)}px`;
-  const range = id === "plot-cache" ? { range: cacheRange(element, traces) } : {};
+  if (id === "plot-perplexity" || id === "plot-cache") element.style.height = `${Math.max(360, 120 + 32 * report.figures["plot-perplexity"].layout.yaxis.tickvals.length)}px`;
+  const range = labelled ? { range: cacheRange(element, traces) } : {};
   const options = {
     ...layout,
     xaxis: axis({ tickfont: { size: element.clientWidth < 420 ? 11 : 13 }, ...layout.xaxis, ...range }), yaxis: axis(layout.yaxis),
@@ -65,7 +69,7 @@ function draw(id) {
     showlegend: false,
   };
   return Plotly.react(element, traces, options, { displayModeBar: false, responsive: true }).then(() => {
-    if (id === "plot-cache") labelPoints(element);
+    if (labelled) labelPoints(element);
   });
 }
 
@@ -117,9 +121,8 @@ function drawAll() {
 }
 
 function buildLegend() {
-  const legend = document.getElementById("legend");
-  if (!legend) return;
-  report.models.forEach((model, index) => {
+  const legends = [...document.querySelectorAll(".legend")];
+  for (const legend of legends) report.models.forEach((model, index) => {
     const look = looks[index];
     const button = document.createElement("button");
     button.type = "button";
@@ -130,7 +133,7 @@ function buildLegend() {
     button.addEventListener("click", () => {
       const show = hidden.delete(index);
       if (!show) hidden.add(index);
-      button.setAttribute("aria-pressed", String(show));
+      for (const each of legends) each.children[index].setAttribute("aria-pressed", String(show));
       drawAll();
     });
     legend.append(button);
@@ -212,5 +215,5 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 let resizing;
 addEventListener("resize", () => {
   clearTimeout(resizing);
-  resizing = setTimeout(() => { if (report.figures["plot-cache"]) draw("plot-cache"); }, 200);
+  resizing = setTimeout(() => { LABELLED.filter((id) => report.figures[id]).forEach(draw); }, 200);
 });

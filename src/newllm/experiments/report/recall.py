@@ -1,0 +1,158 @@
+"""The report's section on recall across segments: two plots, a table, and what a window looks like."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from newllm.experiments.report.plots import LABEL_WIDTH, Figure, label, trace
+from newllm.experiments.results import ModelSummary, number, ranked, with_interval
+from newllm.experiments.statistics import Estimate, estimate
+
+KEY = "recall_across_segments"
+KNOCK_OUTS = {"zeroed": "memories zeroed", "swapped": "memories of another text"}
+
+
+def measured(summaries: list[ModelSummary]) -> list[ModelSummary]:
+    """The valid models whose recall was measured, best perplexity first."""
+    return [s for s in ranked(summaries) if s.valid and any(row.get(KEY) for row in s.rows)]
+
+
+def at(summary: ModelSummary, distance: int) -> list[dict[str, Any]]:
+    """What was measured at a distance, one record for each seed."""
+    records = [record for row in summary.rows if row.get(KEY) for record in row[KEY]["distances"]]
+    return [record for record in records if record["distance"] == distance]
+
+
+def distances(summary: ModelSummary) -> list[int]:
+    return sorted({record["distance"] for row in summary.rows if row.get(KEY) for record in row[KEY]["distances"]})
+
+
+def accuracy(summary: ModelSummary, distance: int, knock_out: str = "", which: str = "accuracy") -> Estimate | None:
+    """Mean over seeds in percent; the interval of one seed is that of its windows alone."""
+    records = at(summary, distance)
+    if knock_out:
+        records = [record[knock_out] for record in records if knock_out in record]
+    shares = [record[which] for record in records]
+    if len(shares) == 1:
+        value, low, high = (100 * shares[0][key] for key in ("value", "low", "high"))
+        return Estimate(value, max(value - low, high - value), 1)
+    return estimate(100 * share["value"] for share in shares)
+
+
+def state_bytes(summary: ModelSummary, distance: int) -> float:
+    """What one row keeps when the question comes; the same for every seed."""
+    return at(summary, distance)[0]["state_bytes"]
+
+
+def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
+    """{element id: figure}: accuracy against the distance, and at the greatest distance against the bytes of state."""
+    shown = measured(summaries)
+    if not shown:
+        return {}
+    index = {s.model: i for i, s in enumerate(summaries)}
+    lines, points = [], []
+    for summary in shown:
+        model, name = index[summary.model], label(summary.model)
+        places = distances(summary)
+        for knock_out in ("", *KNOCK_OUTS):
+            found = {place: value for place in places if (value := accuracy(summary, place, knock_out))}
+            what = f", {KNOCK_OUTS[knock_out]}" if knock_out else ""
+            lines.append(
+                trace(
+                    model,
+                    knock_out or "line",
+                    [_name(summary, place) for place in found],
+                    [value.mean for value in found.values()],
+                    mode="lines+markers",
+                    hovertemplate=f"<b>{name}</b>{what}<br>%{{y:.1f}} %, %{{x}} segments later<extra></extra>",
+                    **({} if knock_out else {"error_y": _error(list(found.values()))}),
+                )
+            )
+        last = accuracy(summary, places[-1])
+        assert last is not None
+        size = state_bytes(summary, places[-1])
+        points.append(
+            trace(
+                model,
+                "point",
+                [size],
+                [last.mean],
+                error_y=_error([last]),
+                text=[label(summary.model, LABEL_WIDTH)],
+                hovertemplate=f"<b>{name}</b><br>%{{y:.1f}} %<br>{number(size, 0)} bytes<extra></extra>",
+            )
+        )
+    recall = next(row[KEY] for row in shown[0].rows if row.get(KEY))
+    marks = {"chance": recall["chance"], "chance among the facts told": recall["chance_among_told"]}
+    common: dict[str, Any] = {
+        "yaxis": {"title": {"text": "questions answered, %"}, "range": [-3, 105]},
+        "shapes": [
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": 100 * share, "y1": 100 * share}
+            for share in marks.values()
+        ],
+    }
+    notes = [
+        {"xref": "paper", "x": 0.55, "xanchor": "center", "y": 100 * share, "yanchor": "bottom", "text": text}
+        | {"showarrow": False, "font": {"size": 11}}
+        for text, share in marks.items()
+    ]
+    x = {"title": {"text": "segments between fact and question"}, "type": "category"}
+    ticks = _ticks([point["x"][0] for point in points])
+    bytes_axis: dict[str, Any] = {"title": {"text": "state when the question comes (log scale)"}, "type": "log"}
+    bytes_axis |= {"tickvals": list(ticks), "ticktext": list(ticks.values())}
+    return {
+        "plot-recall": {"data": [t for t in lines if t["x"]], "layout": {"xaxis": x, **common, "annotations": notes}},
+        "plot-recall-state": {"data": points, "layout": {"xaxis": bytes_axis, **common}},
+    }
+
+
+def _ticks(sizes: list[float]) -> dict[float, str]:
+    """At most six powers of two around sizes in bytes, with their names."""
+    low, high = (math.floor(math.log2(size)) for size in (min(sizes), max(sizes)))
+    powers = range(low, high + 2, max(1, math.ceil((high + 2 - low) / 6)))
+    units = ["bytes", "KiB", "MiB", "GiB"]
+    return {2.0**power: f"{2 ** (power % 10)} {units[power // 10]}" for power in powers}
+
+
+def _error(estimates: list[Estimate]) -> dict[str, Any]:
+    """Error bars that stay within 0 and 100 %."""
+    half = [value.half_width or 0 for value in estimates]
+    up = [min(width, 100 - value.mean) for width, value in zip(half, estimates, strict=True)]
+    down = [min(width, value.mean) for width, value in zip(half, estimates, strict=True)]
+    return {"type": "data", "array": up, "arrayminus": down, "symmetric": False, "visible": True}
+
+
+def _name(summary: ModelSummary, distance: int) -> str:
+    """A distance, with a star where its windows are longer than those of training."""
+    return f"{distance}{' *' if at(summary, distance)[0]['beyond_training'] else ''}"
+
+
+def recall_table(summaries: list[ModelSummary]) -> dict[str, Any]:
+    """Accuracy at each distance; at the greatest one also among the facts told, the knock-outs, and the state."""
+    shown = measured(summaries)
+    names = list(dict.fromkeys(_name(s, place) for s in shown for place in distances(s)))
+    rows = []
+    for summary in shown:
+        places = distances(summary)
+        by_name = {_name(summary, place): accuracy(summary, place) for place in places}
+        rest = [
+            accuracy(summary, places[-1], which="accuracy_among_told"),
+            *(accuracy(summary, places[-1], knock_out) for knock_out in KNOCK_OUTS),
+        ]
+        cells = [_percent(by_name.get(name)) for name in names] + [_percent(value) for value in rest]
+        rows.append({"model": summary.model, "cells": [*cells, number(state_bytes(summary, places[-1]), 0)]})
+    return {"distances": names, "rows": rows}
+
+
+def _percent(value: Estimate | None) -> str:
+    return "—" if value is None else with_interval(number(value.mean, 1), value, 1)
+
+
+def recall_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
+    """What the templates show; None where no recall was measured."""
+    shown = measured(summaries)
+    if not shown:
+        return None
+    recall = next(row[KEY] for row in shown[0].rows if row.get(KEY))
+    return {**recall, "table": recall_table(summaries), "text": "".join(text for _, text in recall["example"])}
