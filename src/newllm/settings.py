@@ -276,6 +276,7 @@ POSITIVE = (
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it.
 AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
+SHARES = ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share", "adam_beta1", "adam_beta2", "recall_share")
 
 
 def check(settings: CommonSettings) -> None:
@@ -288,7 +289,7 @@ def check(settings: CommonSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-    for name in ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share", "adam_beta1", "adam_beta2", "recall_share"):
+    for name in SHARES:
         value = getattr(settings, name)
         if not 0 <= value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")

@@ -14,6 +14,7 @@ import transformers
 
 from newllm.evaluation.bands import ppl_band
 from newllm.evaluation.checks import check_as_trained, check_model, is_causal
+from newllm.evaluation.memories import memory_figures
 from newllm.evaluation.perplexity import evaluate, perplexity
 from newllm.evaluation.recall import evaluate_recall
 from newllm.models import TransformerLM, load_model
@@ -60,6 +61,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "test_tokens": result["tokens"],
         **{key: result[key] for key in ("ppl_by_position", "sliding_ppl", "sliding", "segment_ppl", "recall")},
         **({"recall_across_segments": evaluate_recall(model, data, settings)} if settings.recall_share else {}),
+        "memories": memory_figures(model, test, settings),
         "checks": [dataclasses.asdict(check) for check in checks],
         "valid": is_causal(checks),
         "ppl_band": ppl_band(result["ppl"], test.num_bytes / len(test.ids)),

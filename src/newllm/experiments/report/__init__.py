@@ -11,6 +11,7 @@ import yaml
 
 from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
 from newllm.experiments.report import words
+from newllm.experiments.report.memories import memories_section
 from newllm.experiments.report.plots import all_plots, position_estimates
 from newllm.experiments.report.recall import recall_plots, recall_section
 from newllm.experiments.results import (
@@ -77,6 +78,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
         "costs": table(summaries, COST_COLUMNS),
         "positions": position_table(summaries),
         "recall": recall_section(summaries),
+        "memories": memories_section(summaries),
         "check_names": check_names,
         "checks": [check_row(summary, check_names) for summary in summaries],
         "samples": [(s.model, s.valid, s.rows[0]["sample"]) for s in summaries if s.rows[0].get("sample")],
