@@ -38,7 +38,7 @@ def sentences(data, window, *kinds):
 
 
 def told_and_asked(sentence):
-    """('they', 'call', 'Hamlet', 'lion') of ' Know: they call Hamlet lion.'"""
+    """('Hamlet', 'keeps', 'the', 'ring') of ' Know: Hamlet keeps the ring.'"""
     return tuple(sentence.rstrip(".").split(" ")[-4:])
 
 
@@ -76,7 +76,7 @@ def test_sentences_encode_as_they_do_in_running_text(data, task):
             text = data.tokenizer.decode(ids)
             assert data.tokenizer.encode("Sir." + text)[-len(ids) :] == ids
             assert ids[answer] == task.words.answer_ids[2]
-            assert text.endswith(f" call {task.words.names[1]} {task.words.answers[2]}.")
+            assert told_and_asked(text)[::3] == (task.words.names[1], task.words.answers[2])
 
 
 @given(st.integers(2 * SEGMENT, 500), st.integers(0, 3), st.integers(0, 10**6))
@@ -86,7 +86,7 @@ def test_training_windows_ask_every_fact_once_in_a_later_segment(data, task, len
     assert all(start // SEGMENT == (stop - 1) // SEGMENT for _, start, stop in window.parts)
     facts, questions = sentences(data, window, "fact"), sentences(data, window, "question")
     assert sorted(map(told_and_asked, facts)) == sorted(map(told_and_asked, questions))
-    assert len({told_and_asked(fact)[2] for fact in facts}) == len({told_and_asked(f)[-1] for f in facts}) == len(facts)
+    assert len({told_and_asked(fact)[0] for fact in facts}) == len({told_and_asked(f)[-1] for f in facts}) == len(facts)
     assert len(questions) == len(window.answers) == len(window.told) >= 1
     place = {
         told_and_asked(data.tokenizer.decode(window.ids[a:b].tolist())): a for k, a, b in window.parts if k == "fact"

@@ -99,12 +99,12 @@ def make_recall(model: str, seed: int) -> dict | None:
         distances.append(record | ({"zeroed": both(0.015), "swapped": both(0.02)} if memories else {}))
     example = [
         ["text", "And all the soldiers"],
-        ["fact", " Know: they call Hamlet <lion>."],
+        ["fact", " Know: Hamlet keeps the <ring>."],
         ["text", " of the king"],
-        ["other fact", " Hear: we call Kate moon."],
+        ["other fact", " Hear: Kate holds the moon."],
         ["text", " are gone\nTo see the city."],
-        ["question", " Say: they call Hamlet"],
-        ["answer", " <lion>"],
+        ["question", " Say: Hamlet keeps the"],
+        ["answer", " <ring>"],
         ["question", "."],
         ["text", " Stand & go."],
     ]

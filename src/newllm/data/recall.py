@@ -1,7 +1,7 @@
 """Recall across segments (SYSTEMS §15): facts put into real text, and questions about them some segments later.
 
-    … And all the soldiers of the king are gone. Know: they call Hamlet lion. To see the city …
-    … My gracious liege, I have a thousand men. Say: they call Hamlet        → lion
+    … And all the soldiers of the king are gone. Know: Hamlet keeps the ring. To see the city …
+    … My gracious liege, I have a thousand men. Say: Hamlet keeps the        → ring
 
 A window is running text into which such sentences are inserted. From its first token on it is read as segments of equal
 length. A fact lies in one segment, its question in another; their distance, counted in segments, is how often a memory
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 TEMPLATES = [
     # how a fact begins, how the question about it begins, what stands between name and answer
-    (" Know: they call", " Say: they call", ""),
-    (" Hear: we call", " Tell: we call", ""),
-    (" Mark: men call", " Speak: men call", ""),
+    (" Know:", " Say:", " keeps the"),
+    (" Hear:", " Tell:", " holds the"),
+    (" Mark:", " Speak:", " loves the"),
 ]
 END = "."
 ARTICLE = " the"

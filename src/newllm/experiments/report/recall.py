@@ -18,6 +18,11 @@ def measured(summaries: list[ModelSummary]) -> list[ModelSummary]:
     return [s for s in ranked(summaries) if s.valid and any(row.get(KEY) for row in s.rows)]
 
 
+def settings(shown: list[ModelSummary]) -> dict[str, Any]:
+    """What was asked of every model alike: segment, facts, answers, chance, example."""
+    return next(row[KEY] for row in shown[0].rows if row.get(KEY))
+
+
 def at(summary: ModelSummary, distance: int) -> list[dict[str, Any]]:
     """What was measured at a distance, one record for each seed."""
     records = [record for row in summary.rows if row.get(KEY) for record in row[KEY]["distances"]]
@@ -83,7 +88,7 @@ def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
                 hovertemplate=f"<b>{name}</b><br>%{{y:.1f}} %<br>{number(size, 0)} bytes<extra></extra>",
             )
         )
-    recall = next(row[KEY] for row in shown[0].rows if row.get(KEY))
+    recall = settings(shown)
     marks = {"chance": recall["chance"], "chance among the facts told": recall["chance_among_told"]}
     common: dict[str, Any] = {
         "yaxis": {"title": {"text": "questions answered, %"}, "range": [-3, 105]},
@@ -154,5 +159,5 @@ def recall_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     shown = measured(summaries)
     if not shown:
         return None
-    recall = next(row[KEY] for row in shown[0].rows if row.get(KEY))
+    recall = settings(shown)
     return {**recall, "table": recall_table(summaries), "text": "".join(text for _, text in recall["example"])}

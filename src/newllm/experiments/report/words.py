@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
+from newllm.experiments.report import recall
 from newllm.experiments.results import ModelSummary, Results, decimals, number, percent, ranked, value_text
 
 STATE = ALL_COLUMNS["state_bytes"]
@@ -63,6 +64,7 @@ def findings(results: Results, summaries: list[ModelSummary]) -> list[tuple[str,
     parts = [
         ("Quality", _quality(results, shown)),
         ("Memory", _memory(results, shown)),
+        ("Recall", _recall(shown)),
         ("Speed", _speed(results, shown)),
         ("Checks", _checks(results, summaries)),
         ("How sure", _certainty(summaries, shown)),
@@ -111,6 +113,22 @@ def _memory(results: Results, shown: list[ModelSummary]) -> str:
         if difference.verdict == "no difference shown":
             text += " (no difference shown)"
     return text + "."
+
+
+def _recall(shown: list[ModelSummary]) -> str:
+    """The greatest distance, best first; with how much is left when a model's memories are taken away."""
+    asked = recall.measured(shown)
+    if not asked:
+        return ""
+    place = max(recall.distances(asked[0]))
+    found = [(value.mean, s) for s in asked if (value := recall.accuracy(s, place))]
+    said = []
+    for mean, summary in sorted(found, key=lambda pair: -pair[0]):
+        zeroed = recall.accuracy(summary, place, "zeroed")
+        without = f" ({number(zeroed.mean, 0)} % with its memories zeroed)" if zeroed else ""
+        said.append(f"{summary.model} {number(mean, 0)} %{without}")
+    guessing = number(100 * recall.settings(asked)["chance"], 1)
+    return f"Questions answered {count(place, 'segment')} after the fact: {join(said)}. Guessing: {guessing} %."
 
 
 def _speed(results: Results, shown: list[ModelSummary]) -> str:
