@@ -306,6 +306,33 @@ def bench_memory(argv: list[str]) -> int:
     return _bench(parser, MemoryBench, argv)
 
 
+def bench_reading(argv: list[str]) -> int:
+    """The forward of one compressive layer against the same as a cumulative sum, and against attention."""
+    parser = _parser(
+        "bench reading",
+        bench_reading,
+        "newllm bench reading",
+        "newllm bench reading --num-heads 1 --rival-gigabytes 18 --rounds 3",
+        "newllm bench reading --layers infini:local=linear,use_delta_rule=false multi_memory pythia --num-heads 8",
+    )
+    from newllm.evaluation.bench_settings import ReadingBench
+
+    return _bench(parser, ReadingBench, argv)
+
+
+def bench_growth(argv: list[str]) -> int:
+    """State bytes, decoding time and memory while models read a long text."""
+    parser = _parser(
+        "bench growth",
+        bench_growth,
+        "newllm bench growth --plot growth.html",
+        "newllm bench growth --models pythia infini_all infini_all:memory_head_dim=64 --marks 1000 10000 100000",
+    )
+    from newllm.evaluation.bench_settings import GrowthBench
+
+    return _bench(parser, GrowthBench, argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "train": train,
@@ -321,6 +348,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench train": bench_train,
     "bench decode": bench_decode,
     "bench memory": bench_memory,
+    "bench reading": bench_reading,
+    "bench growth": bench_growth,
 }
 
 

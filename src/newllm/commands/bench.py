@@ -1,4 +1,4 @@
-"""`newllm bench train|decode|memory`: measures, prints a table for people, then one JSON line for programs."""
+"""`newllm bench …`: measures, prints a table for people, then one JSON line for programs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -13,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from newllm.evaluation.bench import bench_decode, bench_memory, bench_train
-from newllm.evaluation.bench_settings import DecodeBench, MemoryBench, TrainBench
+from newllm.evaluation.bench_growth import bench_growth
+from newllm.evaluation.bench_reading import bench_reading
+from newllm.evaluation.bench_settings import DecodeBench, GrowthBench, MemoryBench, ReadingBench, TrainBench
 from newllm.evaluation.processes import WorkerError
 from newllm.settings import UserError
 
@@ -22,7 +25,7 @@ TABLE_WIDTH = 100
 SHORT = {"bfloat16": "bf16", "float32": "f32"}
 
 
-def run(settings: TrainBench | DecodeBench | MemoryBench) -> dict[str, Any]:
+def run(settings: TrainBench | DecodeBench | MemoryBench | ReadingBench | GrowthBench) -> dict[str, Any]:
     """Measures and prints.
 
     Raises:
@@ -37,10 +40,19 @@ def run(settings: TrainBench | DecodeBench | MemoryBench) -> dict[str, Any]:
                     result = bench_decode(settings, status.update)
                 case MemoryBench():
                     result = bench_memory(settings, status.update)
+                case ReadingBench():
+                    result = bench_reading(settings, status.update)
+                case GrowthBench():
+                    result = bench_growth(settings, status.update)
     except WorkerError as error:
         raise UserError(str(error)) from error
     Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(result))
     print(json.dumps(result))
+    if isinstance(settings, GrowthBench) and settings.plot is not None:
+        from newllm.commands.growth_plot import write_growth_plot
+
+        write_growth_plot(result, Path(settings.plot))
+        print(f"plot: {settings.plot}", file=sys.stderr)
     return result
 
 
@@ -72,6 +84,23 @@ def table(result: dict[str, Any]) -> Table:
             columns = ["cache bytes/token", "allocated bytes/token", "cache MB", "peak MB", "of it for the context"]
             caption = "Peak: resident memory of the process."
             cells = _memory_cells
+        case "reading":
+            title = f"forward of one layer, {SHORT[settings['dtype']]}"
+            columns = ["ms", "ms a row", "peak MB", "speed / rival", "speed / first", "memory, rival's / own"]
+            caption = (
+                f"Rival: {references[0]}; first: {references[1]}. Peak: above what is resident with weights and input. "
+                "Within a case all read equally many rows; the rival is missing where it would need more than "
+                f"{settings['rival_gigabytes']:g} GB. Ratios of speed: median and range over the rounds."
+            )
+            cells = _reading_cells
+        case "growth":
+            title = f"reading a long text, one row, {SHORT[settings['dtype']]}"
+            columns = ["ms/token", "state MB", "allocated MB", "peak MB", f"speed / {references[0]}"]
+            caption = (
+                "Milliseconds of a decoded token: median. Peak: above what is resident with the weights. "
+                "Ratios: median and range over the rounds."
+            )
+            cells = _growth_cells
     view = Table(title=f"{title}: {where}", caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     view.add_column("model", overflow="fold", vertical="bottom")
     for name in columns:
@@ -86,6 +115,10 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _heading(case: dict[str, Any]) -> str:
+    if "tokens" in case:
+        return f"{case['tokens']:,} tokens"
+    if "num_heads" in case:
+        return f"{case['batch_size']} × {case['seq_length']:,}, H {case['num_heads']}"
     if "seq_length" in case:
         return f"{case['batch_size']} × {case['seq_length']:,} tokens"
     rows = f"batch {case['batch_size']}, " if "batch_size" in case else ""
@@ -110,7 +143,21 @@ def _memory_cells(row: dict[str, Any], _: list[str]) -> list[str]:
     return [f"{x:,.0f}" for x in bytes_per_token] + [f"{x / 1e6:,.1f}" for x in megabytes]
 
 
+def _reading_cells(row: dict[str, Any], references: list[str]) -> list[str]:
+    cells = [f"{1000 * row['seconds']:,.1f}", f"{row['ms_per_row']:,.1f}", f"{row['peak_bytes'] / 1e6:,.1f}"]
+    less = row["less_memory"].get(references[0])
+    return [*cells, *(_ratio(row, name) for name in references), "" if less is None else _short(less)]
+
+
+def _growth_cells(row: dict[str, Any], references: list[str]) -> list[str]:
+    numbers = [row["state_bytes"], row["state_bytes_allocated"], row["peak_bytes"] - row["resident_bytes"]]
+    return [f"{row['ms_per_token']:.2f}", *(f"{x / 1e6:,.1f}" for x in numbers), _ratio(row, references[0])]
+
+
 def _ratio(row: dict[str, Any], reference: str) -> str:
+    """Empty where the reference was not measured."""
+    if reference not in row["speed_ratios"]:
+        return ""
     ratio = row["speed_ratios"][reference]
     return f"{_short(ratio['ratio'])} ({'–'.join(map(_short, ratio['range']))})"
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from newllm.evaluation.bench_settings import BenchSettings, DecodeBench, MemoryBench, TrainBench
+from newllm.evaluation.bench_settings import BenchSettings, DecodeBench, LayerBench, MemoryBench, TrainBench
 from newllm.evaluation.processes import Worker
 from newllm.settings import DataSettings, Precision, RunSettings, resolve
 
@@ -34,13 +34,14 @@ def bench_train(settings: TrainBench, progress: Progress) -> dict[str, Any]:
     Returns:
         {"benchmark", "precision", "machine", "settings", "references", "cases": [{"batch_size", "seq_length",
         "rows"}]}. A row has model, seconds of a step, tokens_per_second, peak_bytes, and towards each reference (the
-        rivals and the first model) speed_ratios and memory_ratios, see `_compare`.
+        rivals and the first model) speed_ratios and memory_ratios, see `compare_rounds`.
     """
     settings.check()
-    device, precision = _device_and_precision(settings, settings.precision)
+    references = [*settings.rivals, settings.models[0]]
+    device, precision = device_and_precision(settings, settings.precision)
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        ids = _text_ids(Path(folder), settings.vocab_size, progress)
+        ids = text_ids(Path(folder), settings.vocab_size, progress)
         for length in settings.seq_lengths:
             label = f"train {settings.batch_size} × {length}"
             work: dict[str, Any] = {"batch_size": settings.batch_size, "seq_length": length, "precision": precision}
@@ -55,15 +56,15 @@ def bench_train(settings: TrainBench, progress: Progress) -> dict[str, Any]:
                         answer = worker.call("train", **work)
                         row["rounds"].append(answer["seconds"])
                         row["peak_bytes"] = answer["peak_bytes"]
-            _compare(rows, settings)
+            compare_rounds(rows, references)
             for row in rows:
                 row["tokens_per_second"] = settings.batch_size * length / row["seconds"]
                 row["memory_ratios"] = {
                     reference["model"]: row["peak_bytes"] / reference["peak_bytes"]
-                    for reference in _references(rows, settings)
+                    for reference in best_rows(rows, references)
                 }
             cases.append({"batch_size": settings.batch_size, "seq_length": length, "rows": rows})
-    return {"benchmark": "train", "precision": precision} | _described(settings) | {"cases": cases}
+    return {"benchmark": "train", "precision": precision} | described(settings, references) | {"cases": cases}
 
 
 def bench_decode(settings: DecodeBench, progress: Progress) -> dict[str, Any]:
@@ -80,7 +81,8 @@ def bench_decode(settings: DecodeBench, progress: Progress) -> dict[str, Any]:
         best dtype.
     """
     settings.check()
-    device, _ = _device_and_precision(settings, "auto")
+    references = [*settings.rivals, settings.models[0]]
+    device, _ = device_and_precision(settings, "auto")
     cases: list[dict[str, Any]] = []
     ceilings: list[float] = []
     with contextlib.ExitStack() as stack:
@@ -103,7 +105,7 @@ def bench_decode(settings: DecodeBench, progress: Progress) -> dict[str, Any]:
                     answer = worker.call("decode_filled", dtype=dtype, **work)
                     row["rounds"].append(answer.pop("seconds"))
                     row |= answer
-            _compare(rows, settings)
+            compare_rounds(rows, references)
             cases.append({"batch_size": batch_size, "context": context, "rows": rows})
     for case in cases:
         for row in case["rows"]:
@@ -112,7 +114,7 @@ def bench_decode(settings: DecodeBench, progress: Progress) -> dict[str, Any]:
             row["tokens_per_second"] = case["batch_size"] / row["seconds"]
             row["ceiling_share"] = bandwidth / max(ceilings)
     ceiling = {"ceiling_bytes_per_second": max(ceilings), "ceiling_rounds": ceilings}
-    return {"benchmark": "decode"} | _described(settings) | ceiling | {"cases": cases}
+    return {"benchmark": "decode"} | described(settings, references) | ceiling | {"cases": cases}
 
 
 def bench_memory(settings: MemoryBench, progress: Progress) -> dict[str, Any]:
@@ -126,7 +128,8 @@ def bench_memory(settings: MemoryBench, progress: Progress) -> dict[str, Any]:
         with the weights before there is a cache, and peak_bytes while decoding.
     """
     settings.check()
-    device, _ = _device_and_precision(settings, "auto")
+    references = [*settings.rivals, settings.models[0]]
+    device, _ = device_and_precision(settings, "auto")
     work = {"dtype": settings.dtype, "chunk": settings.fill_chunk, "steps": settings.steps}
     cases: list[dict[str, Any]] = [{"context": context, "rows": []} for context in sorted(settings.contexts)]
     for case, subject in itertools.product(cases, settings.subjects(max(settings.contexts))):
@@ -139,10 +142,10 @@ def bench_memory(settings: MemoryBench, progress: Progress) -> dict[str, Any]:
         for name, number in (("", answer.pop("used")), ("_allocated", answer.pop("allocated"))):
             row |= {f"cache_bytes{name}": number, f"cache_bytes{name}_per_token": number / context}
         case["rows"].append(row | answer)
-    return {"benchmark": "memory"} | _described(settings) | {"cases": cases}
+    return {"benchmark": "memory"} | described(settings, references) | {"cases": cases}
 
 
-def _device_and_precision(settings: BenchSettings, precision: Precision) -> tuple[str, str]:
+def device_and_precision(settings: LayerBench, precision: Precision) -> tuple[str, str]:
     from newllm.training.devices import resolve_device, resolve_precision
 
     run = RunSettings(device=settings.device, precision=precision)
@@ -150,7 +153,7 @@ def _device_and_precision(settings: BenchSettings, precision: Precision) -> tupl
     return device.type, resolve_precision(run, device)
 
 
-def _text_ids(folder: Path, vocab_size: int, progress: Progress) -> str:
+def text_ids(folder: Path, vocab_size: int, progress: Progress) -> str:
     """Token ids of the embedded corpus, in a file for the workers."""
     from newllm.data import prepare
 
@@ -176,12 +179,12 @@ def _start(stack: contextlib.ExitStack, settings: BenchSettings, max_positions: 
     return workers
 
 
-def _compare(rows: list[Row], settings: BenchSettings) -> None:
+def compare_rounds(rows: list[Row], references: list[str]) -> None:
     """Turns `rounds`, the seconds of every step of every round, into what is reported.
 
     seconds is the median of all steps, round_seconds that of each round; best marks the fastest row of each model;
-    speed_ratios has for each reference the ratio of its median to ours within one round: {"ratio": median over the
-    rounds, "range": [lowest, highest]}.
+    speed_ratios has for each reference, a model in its best row, the ratio of its median to ours within one round:
+    {"ratio": median over the rounds, "range": [lowest, highest]}.
     """
     for row in rows:
         rounds = row.pop("rounds")
@@ -191,7 +194,7 @@ def _compare(rows: list[Row], settings: BenchSettings) -> None:
         row["best"] = row["seconds"] == min(other["seconds"] for other in rows if other["model"] == row["model"])
     for row in rows:
         row["speed_ratios"] = {}
-        for reference in _references(rows, settings):
+        for reference in best_rows(rows, references):
             rounds = zip(reference["round_seconds"], row["round_seconds"], strict=True)
             ratios = [theirs / ours for theirs, ours in rounds]
             row["speed_ratios"][reference["model"]] = {
@@ -200,16 +203,16 @@ def _compare(rows: list[Row], settings: BenchSettings) -> None:
             }
 
 
-def _references(rows: list[Row], settings: BenchSettings) -> list[Row]:
-    """The best rows of the rivals and of the first model."""
-    names = (*settings.rivals, settings.models[0])
+def best_rows(rows: list[Row], names: list[str]) -> list[Row]:
+    """The best row of each of these models."""
     return [next(row for row in rows if row["model"] == name and row["best"]) for name in names]
 
 
-def _described(settings: BenchSettings) -> dict[str, Any]:
+def described(settings: LayerBench, references: list[str]) -> dict[str, Any]:
+    """What every result says of itself."""
     from newllm.training.devices import machine_info
 
     machine = machine_info()
     if settings.threads is not None:
         machine["threads"] = settings.threads
-    return {"machine": machine, "settings": asdict(settings), "references": [*settings.rivals, settings.models[0]]}
+    return {"machine": machine, "settings": asdict(settings), "references": references}
