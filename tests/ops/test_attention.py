@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from newllm.models.cache import KeyValueState
 from newllm.ops import attention, reference
 
 
@@ -65,17 +66,31 @@ def test_rows_of_padding_stay_finite():
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1)]),
     slopes=st.sampled_from([None, [0.25], [0.5, 0.25, 0.125, 0.0625]]),
     masked=st.booleans(),
+    B=st.integers(1, 2),
 )
-def test_views_of_longer_buffers_equal_their_copies_and_the_twin(start, S, spare, heads, slopes, masked):
+def test_views_of_longer_buffers_equal_their_copies_and_the_twin(start, S, spare, heads, slopes, masked, B):
     """In bf16 on a CPU the product runs over the whole buffer; what stands outside the view must not count."""
     (H, Hk), capacity = heads, start + S + spare
-    q = torch.randn(2, H, 1, 8, dtype=torch.float64)
-    buffers = [torch.randn(2, Hk, capacity, 8, dtype=torch.float64) for _ in "kv"]
+    q = torch.randn(B, H, 1, 8, dtype=torch.float64)
+    buffers = [torch.randn(B, Hk, capacity, 8, dtype=torch.float64) for _ in "kv"]
     k, v = (buffer[:, :, start : start + S] for buffer in buffers)
     options = {"slopes": None if slopes is None else torch.tensor(slopes), "scale": 0.3}
     if masked:
-        options["mask"] = torch.rand(2, S) < 0.5
+        options["mask"] = torch.rand(B, S) < 0.5
     view = attention.causal_attention(q, k, v, **options)
     expected = attention.causal_attention(q, k.clone(), v.clone(), **options)
     torch.testing.assert_close(view, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(view, reference.attention(q, k, v, **options), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("Hk", "B"), [(1, 1), (1, 2), (4, 1)])
+def test_a_growing_buffer_is_multiplied_at_few_lengths(Hk, B, monkeypatch):
+    """For each new length of a bf16 product oneDNN compiles and keeps a kernel: a megabyte for every token decoded."""
+    lengths, product = set(), torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: lengths.add((*a.shape, *b.shape)) or product(a, b))
+    state = KeyValueState()
+    with torch.no_grad():
+        for _ in range(200):
+            k, v, _ = state.update(*torch.randn(2, B, Hk, 1, 8).bfloat16())
+            attention.causal_attention(torch.randn(B, 4, 1, 8).bfloat16(), k, v)
+    assert len(lengths) < 2 * 30

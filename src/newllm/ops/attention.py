@@ -152,18 +152,28 @@ def _whole_buffers(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
     """k and v (B, N, S, ·), or, if they are views of the tokens [start, start + S) of longer buffers, those and start.
 
     On a CPU a product of bf16 matrices copies an operand whose heads do not lie close together, which takes longer than
-    to multiply with a quarter more tokens. What else stands in the buffers must be finite: it is multiplied by 0.
+    to multiply with a quarter more tokens; and for every new length it compiles and keeps a kernel, a megabyte and a
+    millisecond for each token decoded, where buffers change their length only as they grow. What else stands in the
+    buffers must be finite: it is multiplied by 0.
     """
-    capacity = k.stride(1) // k.shape[3]
-    close = k.shape[0] * k.shape[1] == 1 or capacity <= k.shape[2]
-    if k.device.type != "cpu" or k.dtype == torch.float32 or k.requires_grad or close:
+    if k.device.type != "cpu" or k.dtype == torch.float32 or k.requires_grad:
         return k, v, 0
     wholes, starts = [], []
     for x in (k, v):
-        B, N, _, d = x.shape
-        if x.stride() != (N * capacity * d, capacity * d, d, 1):
+        B, N, S, d = x.shape
+        capacity = _capacity(x)
+        # A view of something much longer is no view of a buffer.
+        if not S < capacity <= 2 * S or x.stride()[2:] != (d, 1) or (B > 1 and x.stride(0) != N * capacity * d):
             return k, v, 0
         starts.append(x.storage_offset() % (capacity * d) // d)
         first = x.storage_offset() - starts[-1] * d
-        wholes.append(x.as_strided((B, N, capacity, d), x.stride(), first))
+        wholes.append(x.as_strided((B, N, capacity, d), (N * capacity * d, capacity * d, d, 1), first))
     return (wholes[0], wholes[1], starts[0]) if starts[0] == starts[1] else (k, v, 0)
+
+
+def _capacity(x: Tensor) -> int:
+    """Tokens for which there is room between one head or row and the next; after a single one, all the room there is."""
+    B, N, _, d = x.shape
+    if N > 1:
+        return x.stride(1) // d
+    return (x.stride(0) if B > 1 else x.untyped_storage().nbytes() // x.element_size()) // d
