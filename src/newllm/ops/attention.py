@@ -172,7 +172,7 @@ def _whole_buffers(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _capacity(x: Tensor) -> int:
-    """Tokens for which there is room between one head or row and the next; after a single one, all the room there is."""
+    """Tokens for which there is room between one head or row and the next; after a single one, all the rest."""
     B, N, _, d = x.shape
     if N > 1:
         return x.stride(1) // d
