@@ -178,6 +178,37 @@ def test_rows_read_side_by_side_have_memories_of_their_own(preset):
         logits(model, text(7, rows=2))
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_cache_that_has_only_the_memory_changes_its_rows_as_any_other(preset):
+    model, ids = after_reading(preset), text(7, rows=3, seed=1)
+    without, expected = logits(make(preset), ids), logits(model, ids)
+    for change in (
+        lambda cache: cache.batch_repeat_interleave(3),
+        lambda cache: cache.reorder_cache(torch.tensor([0, 0, 0])),
+        lambda cache: cache.detach_(),
+        lambda cache: cache.restore(cache.export()),
+    ):
+        cache = model.make_cache()
+        change(cache)
+        torch.testing.assert_close(logits(model, ids, past_key_values=cache), expected)
+    cache = model.make_cache()
+    cache.reset_rows(torch.tensor([False, True, False]))
+    found = logits(model, ids, past_key_values=cache)
+    torch.testing.assert_close(found[::2], expected[::2])
+    torch.testing.assert_close(found[1], without[1])
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
+def test_a_model_that_changes_its_dtype_keeps_its_memory(before, after):
+    model, ids = make().to(before), text(7, seed=1)
+    without = logits(model, ids)
+    logits(model, text(10), update_memory=True)
+    expected = logits(model, ids)
+    found = logits(model.to(after), ids)
+    assert found.dtype == after
+    assert (found - expected).abs().max() < 0.3 * (expected - without).abs().max()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_read(side):
     model = make("infini_all")
@@ -221,6 +252,10 @@ WRONG_STATES = {
     "NaN": (lambda s: s["0.matrix"][0, 0, 0, 3].fill_(torch.nan), "'0.matrix' holds numbers that are not finite"),
     "infinite": (lambda s: s["0.normaliser"].fill_(torch.inf), "'0.normaliser' holds numbers that are not finite"),
     "frozen": (lambda s: s.update({"0.frozen": torch.tensor([1])}), "no memory 1 to freeze: layer 0 has 1"),
+    "frozen, nested": (lambda s: s.update({"0.frozen": torch.tensor([[0]])}), "'0.frozen' is 1 × 1 int64, .* a list"),
+    "frozen, one number": (lambda s: s.update({"0.frozen": torch.tensor(0)}), "'0.frozen' is a single int64"),
+    "count": (lambda s: s.update({"0.written": s["0.written"][0]}), "'0.written' is a single int64, .* 1 int64"),
+    "no rows": (lambda s: s.update({name: tensor[:0] for name, tensor in s.items()}), "is 0 × 1 .* would be 1 × 1"),
 }
 
 

@@ -94,12 +94,15 @@ class HoldsMemory:
             raise UserError(f"memory state: '{unknown[0]}' is unknown here; the memory layers are {_names(layers)}")
         for n, layer in layers.items():
             if (indices := state.get(f"{n}.frozen")) is not None:
+                if indices.dim() != 1 or indices.dtype != torch.int64:
+                    kind = _kind(indices.shape, indices.dtype)
+                    raise UserError(f"memory state: '{n}.frozen' is {kind}, here it would be a list of int64")
                 self._check_banks(n, layer, set(indices.tolist()))
         if not state.keys() - frozen:
             return  # empty
         if missing := sorted(expected.keys() - state.keys()):
             raise UserError(f"memory state: '{missing[0]}' is missing; the memory layers are {_names(layers)}")
-        rows = count_rows(state)
+        rows = max(1, count_rows(state))
         for name, shape in expected.items():
             tensor, dtype = state[name], self._memory_dtype(name)
             if tensor.shape != (rows, *shape) or tensor.dtype != dtype:
@@ -129,7 +132,10 @@ class HoldsMemory:
             for n in self.memory_layers():
                 state = cache.layers[n]
                 assert isinstance(state, MemoryState)
-                state.set_memory({part: self._memory[f"{n}.{part}"].to(self.device) for part in MEMORY})
+                names = {part: f"{n}.{part}" for part in MEMORY}
+                # The model may have been moved or changed its dtype since it read.
+                memory = {p: self._memory[name].to(self.device, self._memory_dtype(name)) for p, name in names.items()}
+                state.set_memory(memory)
 
     def _check_can_update(self, cached: bool) -> None:
         self.memory_layers()
@@ -157,7 +163,7 @@ def part_shapes(layer: CompressiveLayer) -> dict[str, tuple[int, ...]]:
 
 def count_rows(state: MemoryTensors) -> int:
     """B of a memory state that is not empty."""
-    return next(len(tensor) for name, tensor in state.items() if name.endswith(".written"))
+    return next(tensor.numel() for name, tensor in state.items() if name.endswith(".written"))
 
 
 def take_row(state: MemoryTensors, row: int) -> MemoryTensors:
@@ -205,7 +211,7 @@ def memory_presets() -> list[str]:
 
 
 def _kind(shape: Sequence[int], dtype: torch.dtype) -> str:
-    return f"{' × '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+    return f"{' × '.join(map(str, shape)) or 'a single'} {str(dtype).removeprefix('torch.')}"
 
 
 def _names(layers: Iterable[int]) -> str:

@@ -71,7 +71,8 @@ class MemoryState(LayerState):
     def check(self, tensors: dict[str, Tensor]) -> None:
         super().check(tensors)
         names = set(tensors)
-        if names and not {"written", *PENDING} <= names <= {*MEMORY, *PENDING}:
+        # Memories alone, of one that has read nothing yet, or with what is pending; without memories `written` alone.
+        if names and names - {"matrix", "normaliser"} not in ({"written"}, {"written", *PENDING}):
             raise ValueError(f"these are not the tensors of a compressive memory: {', '.join(tensors)}")
         for name, tensor in tensors.items():
             old = self.values_by_name.get(name, tensor)
