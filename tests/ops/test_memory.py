@@ -73,6 +73,10 @@ def test_the_delta_rule_writes_a_known_association_once():
     once = memory.write(k, v, *nothing, turns, delta=True)
     twice = memory.write(k, v, *once, turns, delta=True)
     torch.testing.assert_close(twice[0], once[0])
+    # The normaliser counts both: what is read halves, and stays so however often it is written.
+    for _ in range(3):
+        torch.testing.assert_close(memory.read(k, twice[0][:, 0], twice[1][:, 0])[0], v / 2)
+        twice = memory.write(k, v, *twice, turns, delta=True)
     assert not torch.allclose(memory.write(k, v, *once, turns, delta=False)[0], once[0])
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Segments whose memories are in memory at the same time in the parallel form: bounds it to (B, H, BLOCK, d, dv).
+# Segments whose memories are in memory at the same time in the parallel form: bounds it to (B, N, H, BLOCK, d, dv).
 BLOCK = 16
 
 
