@@ -99,20 +99,22 @@ def test_going_on_into_another_file_leaves_the_first(place, memory, tmp_path):
     assert read_memory(tmp_path / "b.memory")[0].tokens_read == 2 * len(book_ids(place))
 
 
-def test_an_interruption_keeps_what_was_read_and_says_how_to_go_on(place, memory, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "a.memory"
+@pytest.mark.parametrize("window", [[], ["--window", "6"]])
+def test_an_interruption_keeps_what_was_read_and_says_how_to_go_on(place, tmp_path, monkeypatch, capsys, window):
+    path, whole = tmp_path / "a.memory", tmp_path / "whole.memory"
+    assert run("absorb", place / "infini", place / "book.txt", "--out", whole, *window) == 0
 
     @contextmanager
     def interrupting(total):
         yield lambda read: signal.raise_signal(signal.SIGINT) if read == 3 * WINDOW else None
 
     monkeypatch.setattr(command, "progress", interrupting)
-    assert run("absorb", place / "infini", place / "book.txt", "--out", path) == 130
+    assert run("absorb", place / "infini", place / "book.txt", "--out", path, *window) == 130
     assert read_memory(path)[0].tokens_read == 3 * WINDOW
-    how = re.search(r"to go on: (--into \S+ --skip \d+)", capsys.readouterr().err)
+    how = re.search(r"to go on: (.+)", capsys.readouterr().err)
     monkeypatch.undo()
     assert run("absorb", place / "infini", place / "book.txt", *how[1].split()) == 0
-    (file, state), (expected_file, expected) = read_memory(path), read_memory(memory)
+    (file, state), (expected_file, expected) = read_memory(path), read_memory(whole)
     assert file == expected_file
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 

@@ -72,7 +72,8 @@ def absorb(settings: AbsorbSettings, text: str) -> None:
         print(f"read {read:,} tokens in {seconds:.1f} s ({speed}), {file.layers[0]['written'][0]:,} segments in all")
         print(f"memory: {out}, {file.bytes:,} bytes for {file.tokens_read:,} tokens")
     if settings.skip + read < len(ids):
-        rest = f"--into {out} --skip {settings.skip + read}" if read else "nothing was read"
+        windows = "" if settings.window is None else f" --window {window}"
+        rest = f"--into {out} --skip {settings.skip + read}{windows}" if read else "nothing was read"
         print(f"newllm: {len(ids) - settings.skip - read:,} tokens are left; to go on: {rest}", file=sys.stderr)
         raise KeyboardInterrupt
 
@@ -114,7 +115,6 @@ def ask(settings: GenerateSettings, path: str) -> None:
     prompt = read_prompt(settings.prompt)
     model, tokenizer = open_trained(settings)
     file = load_one_row(model, path)
-    memory = model.get_memory_state()
     with_memory = token_scores(model, tokenizer, prompt)
     print(f"with the memory of {file.tokens_read:,} tokens from {', '.join(file.sources) or path}:", flush=True)
     continue_text(model, tokenizer, prompt, settings, sys.stdout)
@@ -122,7 +122,6 @@ def ask(settings: GenerateSettings, path: str) -> None:
     print("\nwithout it:", flush=True)
     continue_text(model, tokenizer, prompt, settings, sys.stdout)
     print("\n" + comparison(with_memory, token_scores(model, tokenizer, prompt)))
-    model.set_memory_state(memory)
 
 
 def comparison(with_memory: list[tuple[str, float]], without: list[tuple[str, float]]) -> str:

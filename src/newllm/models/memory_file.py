@@ -70,8 +70,9 @@ def save_memory(model: TransformerLM, path: str | Path, *, tokens_read: int, sou
         staging.write_bytes(save(state, header | {"sha256": _digest(header, state)}))
         staging.replace(path)
     except OSError as error:
-        staging.unlink(missing_ok=True)
         raise UserError(f"{path}: the memory cannot be written: {error.strerror}") from error
+    finally:
+        staging.unlink(missing_ok=True)
     return file
 
 
