@@ -23,7 +23,7 @@ from torch import Tensor
 from newllm.data.recall import RecallTask, RecallWindow
 from newllm.evaluation.cache_size import cache_bytes
 from newllm.models.cache import LMCache, MemoryState
-from newllm.models.layers.compressive import CompressiveLayer
+from newllm.models.memory import layers_with_memories
 from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
@@ -137,8 +137,8 @@ def has_memories(model: TransformerLM, segment: int) -> bool:
 
     Otherwise the fact may still be pending, and taking the memories away would not take it away.
     """
-    layers = [layer for layer in model.layers if isinstance(layer, CompressiveLayer) and layer.num_memories]
-    return bool(layers) and all(segment % layer.segment_length == 0 for layer in layers)
+    layers = layers_with_memories(model.layers)
+    return bool(layers) and all(segment % layer.segment_length == 0 for layer in layers.values())
 
 
 def knock_out(cache: LMCache, name: str, windows: list[RecallWindow]) -> None:
