@@ -272,10 +272,12 @@ def resolve(settings: S) -> S:
 POSITIVE = (
     *("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "lr", "batch_size"),
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
-    *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts", "recall_windows"),
+    *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts"),
 )
-# A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it.
+# A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it;
+# memories are swapped between two windows of recall.
 AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
+AT_LEAST |= {"recall_windows": 2}
 SHARES = ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share", "adam_beta1", "adam_beta2", "recall_share")
 
 

@@ -11,9 +11,10 @@ from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.data.recall import RecallTask
 from newllm.evaluation.recall import another_row, evaluate_recall, has_memories, knock_out, wilson
+from newllm.experiments.runner import compare
 from newllm.models import create_model
 from newllm.models.cache import LMCache, RecurrentState
-from newllm.settings import DataSettings, RunSettings, UserError, resolve
+from newllm.settings import DataSettings, ExperimentSettings, RunSettings, UserError, resolve
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 SEGMENT = 32
@@ -163,6 +164,19 @@ def test_intervals_are_wilsons():
 def test_what_cannot_be_asked_is_one_line(data):
     with pytest.raises(UserError, match="--recall-distances is"):
         evaluate_recall(model_of(data), data, settings(recall_distances=[0]))
+
+
+def test_memories_of_a_single_window_cannot_be_swapped(data):
+    with pytest.raises(UserError, match="--recall-windows is 1: it must be at least 2"):
+        settings(recall_windows=1)
+
+
+def test_a_comparison_that_could_not_be_measured_trains_nothing(text, tmp_path):
+    values = {"models": ["pythia"], "seq_length": 64, "recall_share": 0.5, "recall_segment": SEGMENT, "jobs": 1}
+    comparison = ExperimentSettings(**text | SHAPE | values, recall_distances=[10_000], out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="a distance of 10000 takes"):
+        compare(comparison)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_newllm_evaluate_measures_recall_of_any_model_folder(data, text, tmp_path, capsys):

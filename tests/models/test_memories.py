@@ -293,6 +293,7 @@ def test_memories_are_computed_in_float32_also_under_autocast(name):
         ({"memory_head_dim": 48}, "does not divide into memory_head_dim 48"),
         ({"local": "sotfmax"}, "did you mean 'softmax'"),
         ({"memory_grad": "no"}, "memory_grad"),
+        ({"use_delta_rule": "no"}, "use_delta_rule is 'no': it must be true or false"),
         ({"num_memory_banks": -1}, "num_memory_banks is -1"),
         ({"segments_per_bank": 1.5}, "segments_per_bank is 1.5"),
         ({"num_memories": 2}, "num_memory_banks"),

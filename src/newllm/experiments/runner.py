@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from newllm.data import prepare
+from newllm.data.recall import RecallDataset
 from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
@@ -64,6 +65,8 @@ def compare(settings: ExperimentSettings) -> Path:
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     with lock(out), Display(console, len(settings.runs())) as display:
         data = prepare(settings, display.say)
+        if settings.recall_share:  # what cannot be measured is told before anything trains
+            RecallDataset(data, settings, seed=0).task.check_evaluation(settings.recall_distances)
         comparison = Comparison(settings, out, data, display, jobs)
         tasks = comparison.keep_finished()
         if jobs == 1:

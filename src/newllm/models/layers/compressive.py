@@ -61,6 +61,8 @@ class CompressiveLayer(Layer):
         for name, value, valid in (("local", local, LOCAL), ("memory_grad", memory_grad, MEMORY_GRAD)):
             if value not in valid:
                 raise nearest(str(value), list(valid), name, f"of layer type '{self.type_name}'")
+        if type(use_delta_rule) is not bool:
+            raise UserError(f"use_delta_rule is {use_delta_rule!r}: it must be true or false")
         self.attention = SegmentAttention(num_heads, hidden_size // num_heads, create_position(position), local)
         self._arguments |= {"position": position_spec(self.attention.position), "memory_head_dim": memory_head_dim}
         self.num_memories, self.segments_per_memory = num_memories, segments_per_memory
