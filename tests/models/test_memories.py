@@ -262,6 +262,17 @@ def test_the_hierarchical_gate_can_be_closed_and_watched():
     assert not torch.allclose(base[:, 2 * S :], closed[:, 2 * S :])
 
 
+def test_a_query_whose_features_underflow_reads_nothing_at_once_and_token_by_token():
+    layer = make("infini", local="linear", position="none").float()
+    with torch.no_grad():
+        layer.qkv.bias[:D] = -1000  # of the queries
+        x = torch.randn(1, 2 * S + 1, D)
+        state = layer.make_state()
+        tokens = torch.cat([run(layer, x[:, t : t + 1], state) for t in range(x.shape[1])], dim=1)
+        assert tokens.isfinite().all()
+        torch.testing.assert_close(tokens, run(layer, x))
+
+
 def test_any_mix_of_layers_from_objects():
     layers = [InfiniLayer(64, 4, 80, segment_length=S), *[PythiaLayer(64, 4, 80) for _ in range(2)]]
     model = TransformerLM(layers=layers, vocab_size=61)

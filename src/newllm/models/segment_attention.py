@@ -48,7 +48,9 @@ class SegmentAttention:
             dtype = torch.promote_types(q.dtype, torch.float32)
             weights = feature_map(q.to(dtype)) @ feature_map(k.to(dtype)).transpose(2, 3)  # (B, H, 1, S)
             weights = weights * held[:, None, None]
-            mixed = (weights @ v.to(dtype) / weights.sum(dim=-1, keepdim=True)).to(q.dtype)
+            total = weights.sum(dim=-1, keepdim=True)
+            # 0 where all features of the query underflow, as in `whole`
+            mixed = (weights @ v.to(dtype) / total.masked_fill(total == 0, 1)).to(q.dtype)
         else:
             slots = torch.arange(k.shape[2], device=q.device)[None]
             q, k = self.position.rotate(q, slots[:, -1:]), self.position.rotate(k, slots)

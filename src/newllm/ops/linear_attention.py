@@ -48,5 +48,5 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, chunk: int = CHU
             normalisers = k[:, :, :-1].sum(dim=3).cumsum(dim=2)  # (B, H, n − 1, d)
             above = above + F.pad(q[:, :, 1:] @ sums, (0, 0, 0, 0, 1, 0))
             below = below + F.pad(q[:, :, 1:] @ normalisers.unsqueeze(-1), (0, 0, 0, 0, 1, 0))
-        below = below.masked_fill(below == 0, 1)  # padding behind the text: its queries are zeros too
+        below = below.masked_fill(below == 0, 1)  # queries of zeros: padding behind the text, or all features underflow
         return (above / below).flatten(2, 3)[:, :, :T].to(dtype)
