@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from newllm.models.cache.state import LayerState
+from newllm.models.cache.state import RecurrentState
 
 MEMORY = ("matrix", "normaliser", "written")
 PENDING = ("keys", "values", "filled")
 
 
-class MemoryState(LayerState):
+class MemoryState(RecurrentState):
     """N memories per row, and the segment that is not yet written to one; both of fixed size.
 
     matrix (B, N, Hm, d, d) and normaliser (B, N, Hm, d) in float32 at least, see `ops.memory`; written (B,) int64
@@ -22,14 +22,6 @@ class MemoryState(LayerState):
     `memory` and `set_memory` take the memories out and put them in; what is pending is no part of them.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.values_by_name: dict[str, Tensor] = {}
-
-    def read(self, name: str) -> Tensor | None:
-        """The (B, …) tensor of that name; None before the first token."""
-        return self.values_by_name.get(name)
-
     def begin(self, rows: int) -> None:
         """Gives memories of one row, set before the first token, to each of `rows` rows.
 
@@ -39,11 +31,6 @@ class MemoryState(LayerState):
             if len(tensor) not in (1, rows):
                 raise ValueError(f"the memory is that of {len(tensor)} rows: {rows} rows cannot read it")
             self.values_by_name[name] = tensor.expand(rows, *tensor.shape[1:])
-
-    def store(self, tokens: int, **tensors: Tensor) -> None:
-        """Takes the state after a chunk of `tokens` tokens, each tensor (B, …)."""
-        self.values_by_name |= tensors
-        self.seen += tokens
 
     def memory(self) -> dict[str, Tensor]:
         """The memories alone; {} before anything was read."""
@@ -65,9 +52,6 @@ class MemoryState(LayerState):
         if rows:
             self.begin(max(rows))
 
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self.values_by_name)
-
     def check(self, tensors: dict[str, Tensor]) -> None:
         super().check(tensors)
         names = set(tensors)
@@ -78,13 +62,6 @@ class MemoryState(LayerState):
             old = self.values_by_name.get(name, tensor)
             if tensor.shape[1:] != old.shape[1:] or tensor.is_floating_point() != old.is_floating_point():
                 raise ValueError(f"{name} {tuple(tensor.shape)} does not fit a state of {tuple(old.shape)}")
-
-    def replace(self, tensors: dict[str, Tensor]) -> None:
-        self.check(tensors)
-        self.values_by_name = dict(tensors)
-
-    def reset(self) -> None:
-        self.values_by_name, self.seen = {}, 0
 
     def reset_rows(self, rows: Tensor) -> None:
         self.change_rows(lambda x: torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), 0, x))

@@ -140,7 +140,7 @@ class CompressiveLayer(Layer):
         k, v = (lay_out(torch.cat(parts, dim=1), slots, size) for parts in ((keys, k), (values, v)))
         mixed, memory = self._segments(lay_out(q, slots[:, S:], size), k, v, memory, count // S, last=True)
         newest = (count[:, None] - S + torch.arange(S, device=q.device)).clamp(min=0)
-        state.store(T, **memory, keys=pick(k, newest), values=pick(v, newest), filled=count % S)
+        state.write(T, **memory, keys=pick(k, newest), values=pick(v, newest), filled=count % S)
         return pick(mixed, slots[:, S:].clamp(max=size - 1))
 
     def _token(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
@@ -161,7 +161,7 @@ class CompressiveLayer(Layer):
         full = filled == S
         if full.any():
             memory = self._write(keys, values, memory, full)
-        state.store(1, **memory, keys=keys, values=values, filled=filled.masked_fill(full, 0))
+        state.write(1, **memory, keys=keys, values=values, filled=filled.masked_fill(full, 0))
         return mixed[:, 0]
 
     def write_pending(self, state: MemoryState) -> None:
@@ -173,7 +173,7 @@ class CompressiveLayer(Layer):
         held = torch.arange(self.segment_length, device=filled.device) >= self.segment_length - filled[:, None]
         with exact_products(filled):
             memory = self._write(values["keys"], values["values"], memory, filled > 0, held)
-        state.store(0, **memory, filled=torch.zeros_like(filled))
+        state.write(0, **memory, filled=torch.zeros_like(filled))
 
     def _segments(
         self, q: Tensor, k: Tensor, v: Tensor, memory: dict[str, Tensor], complete: Tensor, *, last: bool
