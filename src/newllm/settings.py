@@ -225,6 +225,7 @@ class RunSettings(CommonSettings):
         if training_only:
             # eval_tokens and eval_batch_size also shape the validation loss that chooses the checkpoint.
             after = {field.name for field in dataclasses.fields(EvaluationSettings)}
+            after |= {"recall_distances", "recall_windows"}
             left_out |= after - {"eval_tokens", "eval_batch_size"}
         # Most models have no first phase, no gates and no facts to learn: what belongs to one counts only where set.
         defaults = RunSettings()
