@@ -133,6 +133,10 @@ def print_recall(recall: dict[str, Any]) -> None:
         knocked_out = [f"{row[name]['accuracy']['value']:.1%}" if name in row else "—" for name in titles[2:4]]
         cells = [f"{row['accuracy_among_told']['value']:.1%}", *knocked_out, f"{row['state_bytes']:,.0f}"]
         print(f"  {row['distance']:14} {interval:>24}" + "".join(f"{cell:>13}" for cell in cells))
+    if not recall["knock_outs"]:
+        print(
+            f"  not zeroed, not swapped: no layer here writes a memory at the end of every {recall['segment']} tokens"
+        )
 
 
 def _ppl(value: float | None) -> str:

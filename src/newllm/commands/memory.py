@@ -57,6 +57,14 @@ def absorb(settings: AbsorbSettings, text: str) -> None:
     out = output_file(settings)
     model, tokenizer = open_trained(settings)
     window = settings.window or training_window(Path(settings.model))
+    for n, layer in model.memory_layers().items():
+        if window % layer.segment_length:
+            print(
+                f"newllm: note: a window of {window} tokens is no multiple of layer {n}'s segments of "
+                f"{layer.segment_length}: each window ends with a shorter one, as training never saw; see --window",
+                file=sys.stderr,
+            )
+            break
     before = None if settings.into is None else load_one_row(model, settings.into)
     ids = encode(tokenizer, read_text(text))
     if settings.skip >= len(ids):

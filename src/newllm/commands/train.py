@@ -16,7 +16,7 @@ def train(settings: RunSettings, out: str | None) -> None:
     from newllm.evaluation.perplexity import perplexity
     from newllm.experiments.progress import Display, duration
     from newllm.models import check_model_spec, load_plugin
-    from newllm.training import check_loggers, check_streaming, resolve_device
+    from newllm.training import check_loggers, check_suitability, resolve_device
     from newllm.training import train as run
     from newllm.training.checkpoints import lock, make_folder, refuse_other_files
 
@@ -31,7 +31,7 @@ def train(settings: RunSettings, out: str | None) -> None:
         num_heads=settings.num_heads,
         intermediate_size=settings.intermediate_size,
     )
-    check_streaming(settings, [settings.model])
+    check_suitability(settings, [settings.model])
     shown = Path(out) if out is not None else default_folder(settings)
     folder = shown.resolve()  # a folder that is moved aside may be the one we are in
     make_folder(folder)

@@ -93,7 +93,7 @@ def _run(subject: Subject, checks: dict[str, tuple[Check, tuple[str, ...]]]) -> 
     was_training = subject.model.training
     subject.model.eval()
     results: dict[str, CheckResult] = {}
-    with torch.no_grad():
+    with torch.no_grad(), subject.model.without_memory():
         for name, (check, needs) in checks.items():
             broken = [need for need in needs if results[need].passed is not True]
             if broken:

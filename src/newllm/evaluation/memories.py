@@ -87,13 +87,25 @@ def watching(layers: list[HierarchicalLayer]) -> Iterator[dict[HierarchicalLayer
     """Means of γ over what the layers read inside; queries that found nothing do not count."""
     means = {layer: Mean() for layer in layers}
 
-    def hook_of(mean: Mean):
-        def hook(module: nn.Module, inputs: tuple[Tensor], gate: Tensor) -> None:
-            mean.add(gate[inputs[0].any(dim=-1, keepdim=True)])
-
-        return hook
-
     with contextlib.ExitStack() as hooks:
         for layer, mean in means.items():
-            hooks.enter_context(layer.fine_gate.register_forward_hook(hook_of(mean)))
+            watch = Watch(mean)
+            hooks.enter_context(layer.register_forward_pre_hook(watch.on_layer))
+            hooks.enter_context(layer.fine_gate.register_forward_hook(watch.on_gate))
         yield means
+
+
+class Watch:
+    """Adds up γ of the tokens that a layer reads, not of those that fill its last segment up."""
+
+    def __init__(self, mean: Mean) -> None:
+        self.mean, self.tokens = mean, 0
+
+    def on_layer(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.tokens = inputs[0].shape[1]
+
+    def on_gate(self, module: nn.Module, inputs: tuple[Tensor], gate: Tensor) -> None:
+        """gate (B, Hm, G, S, 1) of what was read from the coarse memory, zeros where that was empty."""
+        found = inputs[0].any(dim=-1, keepdim=True)
+        gate, found = (x.flatten(2, 3)[:, :, : self.tokens] for x in (gate, found))
+        self.mean.add(gate[found])

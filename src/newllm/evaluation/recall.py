@@ -60,6 +60,7 @@ def evaluate_recall(model: TransformerLM, data: PreparedData, settings: CommonSe
         "facts": task.facts,
         "names": len(task.words.names),
         "answers": len(task.words.answers),
+        "knock_outs": has_memories(model, task.segment),
         "chance": 1 / len(task.words.answers),
         "chance_among_told": 1 / task.facts,
         "distances": distances,

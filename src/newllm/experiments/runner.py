@@ -28,7 +28,7 @@ from newllm.experiments.results import print_table, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.models import check_model_spec, load_plugin
 from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
-from newllm.training import check_loggers, check_streaming, machine_info, resolve_device, set_threads
+from newllm.training import check_loggers, check_suitability, machine_info, resolve_device, set_threads
 from newllm.training.checkpoints import (
     ERROR_FILE,
     claim_run_folder,
@@ -114,7 +114,7 @@ def check_models(settings: ExperimentSettings) -> None:
             num_heads=settings.num_heads,
             intermediate_size=settings.intermediate_size,
         )
-    check_streaming(settings, settings.models)
+    check_suitability(settings, settings.models)
 
 
 class Comparison:

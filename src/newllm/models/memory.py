@@ -8,7 +8,8 @@ B is the number of rows that were read side by side; a state of one row serves a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,24 @@ class HoldsMemory:
     def unfreeze_memory(self, banks: Iterable[int] | None = None) -> None:
         """Memories with these indices are written again; None: all."""
         banks = None if banks is None else set(banks)
+        for n, layer in self.memory_layers().items():
+            self._check_banks(n, layer, banks or set())
         for layer in self.memory_layers().values():
             layer.frozen = set() if banks is None else layer.frozen - banks
+
+    @contextmanager
+    def without_memory(self) -> Iterator[None]:
+        """Inside, the memory is empty and nothing frozen; afterwards both are as before."""
+        memory, frozen = self._memory, {layer: layer.frozen for layer in layers_with_memories(self.layers).values()}
+        self._memory = {}
+        for layer in frozen:
+            layer.frozen = set()
+        try:
+            yield
+        finally:
+            self._memory = memory
+            for layer, banks in frozen.items():
+                layer.frozen = banks
 
     def check_memory_state(self, state: MemoryTensors) -> None:
         """Raises UserError, saying what differs, for what cannot be a memory state of this model."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FORMAT = "newllm-memory"
 FORMAT_VERSION = "1"
 # What of a configuration decides the numbers that a model computes.
-SHAPING = ("vocab_size", "hidden_size", "layer_specs", "layer_norm_eps", "tie_word_embeddings")
+SHAPING = ("vocab_size", "hidden_size", "layer_specs", "layer_norm_eps", "tie_word_embeddings", "cache_precision")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from newllm.training.checkpoints import (
     write_result,
 )
 from newllm.training.devices import set_threads
-from newllm.training.streaming import check_streaming
+from newllm.training.suitability import check_suitability
 from newllm.training.trainer import WEIGHTS, LMTrainer, read_state, training_arguments
 
 if TYPE_CHECKING:
@@ -89,15 +89,16 @@ def train(
     Of a first phase: reconstruction/metrics.jsonl, and under "reconstruction" what "training" says of the second.
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
 
-    With settings.streaming the training text is read as streams (`training/streaming.py`). Validation is by windows in
-    either case, each read from an empty state, so that the losses of all runs are of one kind.
+    With settings.streaming the training text is read as streams (`data.windows.StreamDataset`). Validation is by
+    windows in either case, each read from an empty state, so that the losses of all runs are of one kind.
     """
-    check_streaming(settings, [settings.model])
+    check_suitability(settings, [settings.model])
+    recall = RecallDataset(data, settings, settings.seed) if settings.recall_share else None
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
     with lock(folder), explaining_full_disk(folder):
         result = claim_run_folder(folder, settings, data.fingerprint)
         if "training" not in result:
-            results = _train(settings, data, folder, on_progress)
+            results = _train(settings, data, recall, folder, on_progress)
             result |= {phase: asdict(phase_result) for phase, phase_result in results.items()}
             write_result(folder, result)
         for place in filter(Path.is_dir, (folder, folder / RECONSTRUCTION)):
@@ -108,6 +109,7 @@ def train(
 def _train(
     settings: RunSettings,
     data: PreparedData,
+    recall: RecallDataset | None,
     folder: Path,
     on_progress: Callable[[TrainProgress], None] | None,
 ) -> dict[str, TrainResult]:
@@ -116,7 +118,6 @@ def _train(
     set_threads(settings)
     assert settings.seq_length is not None
     windows = WindowDataset(data.splits["train"], settings.seq_length, settings.samples, settings.seed)
-    recall = RecallDataset(data, settings, settings.seed) if settings.recall_share else None
     transformers.set_seed(settings.seed)
     model = new_model(settings, data)
     use_cache = model.config.use_cache

@@ -1,0 +1,76 @@
+"""Which models can be trained in which way: told before anything trains."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from newllm.models import TransformerLM, create_model
+from newllm.models.cache import TokenState
+from newllm.models.layers import Layer
+from newllm.models.memory import layers_with_memories
+from newllm.settings import CommonSettings, UserError
+
+
+def check_suitability(settings: CommonSettings, models: list[str]) -> None:
+    """Raises UserError where a model would not learn what it is there for.
+
+    - With --streaming, rows read on without end: a layer may not keep every token, and each row stays with its process,
+      of which there can be only one. And --recall-share makes windows that stand alone, which is something else.
+    - Without, every window begins with empty memories: it must be longer than a segment, or none is ever read.
+    """
+    if settings.streaming and settings.recall_share > 0:
+        raise UserError(
+            "--streaming reads documents from beginning to end, --recall-share makes windows that stand alone: "
+            "choose one of them"
+        )
+    if settings.streaming and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--streaming works in one process: its rows would not stay where their states are; leave it out"
+        )
+    for name in models:
+        with torch.device("meta"):
+            model = create_model(
+                name,
+                hidden_size=settings.hidden_size,
+                num_layers=settings.num_layers,
+                num_heads=settings.num_heads,
+                intermediate_size=settings.intermediate_size,
+            )
+        if settings.streaming:
+            _check_states(name, model)
+        else:
+            _check_segments(name, model, settings)
+
+
+def _check_states(name: str, model: TransformerLM) -> None:
+    for number, layer in enumerate(model.layers):
+        assert isinstance(layer, Layer)
+        state = layer.make_state()
+        if isinstance(state, TokenState) and state.window is None:
+            remedy = (
+                f"give it a window, as in {name}{_next_option(name)}window=128"
+                if "window" in layer.option_names()
+                else f"a layer of type '{layer.type_name}' has no window; train this model without --streaming"
+            )
+            raise UserError(
+                f"--streaming: layer {number} of {name} (type '{layer.type_name}') keeps every token it reads, "
+                f"and rows read on without end: {remedy}"
+            )
+
+
+def _check_segments(name: str, model: TransformerLM, settings: CommonSettings) -> None:
+    length = settings.seq_length
+    assert length is not None
+    for number, layer in layers_with_memories(model.layers).items():
+        if layer.segment_length >= length:
+            raise UserError(
+                f"layer {number} of {name} writes its memory after every {layer.segment_length} tokens, and no window "
+                f"of --seq-length {length} reads on from there: nothing would be learnt of it; take shorter segments, "
+                f"as in {name}{_next_option(name)}segment_length={max(1, length // 4)}, or longer windows"
+            )
+
+
+def _next_option(name: str) -> str:
+    return "," if ":" in name else ":"
