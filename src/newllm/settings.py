@@ -137,6 +137,9 @@ class RecallSettings:
 
     recall_share: float = 0.0
     """Share of the optimizer steps that train on windows with facts and questions instead of plain text."""
+    recall_curriculum: float = 0.5
+    """Share of these steps in which windows grow from two segments to --seq-length: several short ones then stand in
+    place of a long one. What is told just before is learnt first, and much sooner than among a long text."""
     recall_segment: int = 32
     """Tokens of a segment, by which distances are counted; for compressive memories their segment_length."""
     recall_distances: list[int] = field(default_factory=lambda: [1, 4, 16])
@@ -279,7 +282,16 @@ POSITIVE = (
 # memories are swapped between two windows of recall.
 AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
 AT_LEAST |= {"recall_windows": 2}
-SHARES = ("warmup_ratio", "min_lr_ratio", "validation_share", "test_share", "adam_beta1", "adam_beta2", "recall_share")
+SHARES = (
+    "warmup_ratio",
+    "min_lr_ratio",
+    "validation_share",
+    "test_share",
+    "adam_beta1",
+    "adam_beta2",
+    "recall_share",
+    "recall_curriculum",
+)
 
 
 def check(settings: CommonSettings) -> None:

@@ -99,11 +99,11 @@ def make_recall(model: str, seed: int) -> dict | None:
         distances.append(record | ({"zeroed": both(0.015), "swapped": both(0.02)} if memories else {}))
     example = [
         ["text", "And all the soldiers"],
-        ["fact", " Know: Hamlet keeps the <ring>."],
+        ["fact", " Know: they call Hamlet <ring>."],
         ["text", " of the king"],
-        ["other fact", " Hear: Kate holds the moon."],
+        ["other fact", " Hear: we name Kate moon."],
         ["text", " are gone\nTo see the city."],
-        ["question", " Say: Hamlet keeps the"],
+        ["question", " Say: they call Hamlet"],
         ["answer", " <ring>"],
         ["question", "."],
         ["text", " Stand & go."],

@@ -268,7 +268,7 @@ def test_recall_is_told_only_where_it_was_measured(tmp_path):
     rows = {cells[1].strip(): cells[2:-1] for cells in lines[:5]}
     assert rows["gqa"][-1].strip() == "1,048,576"
     assert rows["pythia"][-2].strip() == "—"
-    assert "Know: Hamlet keeps the <ring>." in markdown
+    assert "Know: they call Hamlet <ring>." in markdown
     assert "**Recall.** Questions answered 16 segments after the fact: pythia 96 %, gqa 94 % (2 % with its" in markdown
 
 

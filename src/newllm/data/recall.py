@@ -1,7 +1,7 @@
 """Recall across segments (SYSTEMS §15): facts put into real text, and questions about them some segments later.
 
-    … And all the soldiers of the king are gone. Know: Hamlet keeps the ring. To see the city …
-    … My gracious liege, I have a thousand men. Say: Hamlet keeps the        → ring
+    … And all the soldiers of the king are gone. Know: they call Hamlet ring. To see the city …
+    … My gracious liege, I have a thousand men. Say: they call Hamlet        → ring
 
 A window is running text into which such sentences are inserted. From its first token on it is read as segments of equal
 length. A fact lies in one segment, its question in another; their distance, counted in segments, is how often a memory
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from newllm.data.tokens import TokenFile
 
 TEMPLATES = [
-    # how a fact begins, how the question about it begins, what stands between name and answer
-    (" Know:", " Say:", " keeps the"),
-    (" Hear:", " Tell:", " holds the"),
-    (" Mark:", " Speak:", " loves the"),
+    # How a fact begins, how the question about it begins. The answer follows the name: with words in between, a model
+    # has to look back over them in both places, which it learns much later.
+    (" Know: they call", " Say: they call"),
+    (" Hear: we name", " Tell: we name"),
+    (" Mark: men call", " Speak: men call"),
 ]
 END = "."
 ARTICLE = " the"
@@ -165,20 +166,20 @@ class RecallTask:
 
     def sentence(self, kind: str, pair: tuple[int, int], template: int) -> Sentence:
         """The fact about a (name, answer), or the question with its answer, in the words of one template."""
-        tell, ask, link = self.templates[template]
-        start = [*(ask if kind == "question" else tell), int(self.words.name_ids[pair[0]]), *link]
+        tell, ask = self.templates[template]
+        start = [*(ask if kind == "question" else tell), int(self.words.name_ids[pair[0]])]
         return Sentence(kind, [*start, int(self.words.answer_ids[pair[1]]), *self.end], len(start))
 
     def training_window(self, length: int, seed: int, index: int) -> RecallWindow:
-        """Window `index` of those of a seed: as many as the settings' facts to one a segment, each asked once.
+        """Window `index` of those of a seed: from the settings' number of facts to what fits, each asked once.
 
         Distances are log-uniform from 1 to the most that `length` tokens hold, so that near ones, which are learnt
         first, are always among them.
         """
         rng = np.random.default_rng([seed, index])
         segments = length // self.segment
-        least = min(self.facts, segments)
-        pairs = self.words.draw(rng, round(_log_uniform(rng, least, segments)))
+        most = segments * self.sentences_per_segment // 2
+        pairs = self.words.draw(rng, round(_log_uniform(rng, min(self.facts, most), most)))
         places: list[list[Sentence]] = [[] for _ in range(segments)]
         told = []
         for pair in pairs:
@@ -258,11 +259,17 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 class RecallDataset(Dataset[dict[str, Tensor]]):
-    """Training windows of a seed without end: item i is made from (seed, i) alone, whatever was read before."""
+    """Training windows of a seed without end: item i is made from (seed, i) alone, whatever was read before.
+
+    Each is {"input_ids", "labels"}, both (R, L) int64: R windows of L tokens, R·L ≤ seq_length. L grows from two
+    segments to seq_length over the first part of what `expect` announced, the settings' recall_curriculum of it; then
+    R is 1.
+    """
 
     def __init__(self, data: PreparedData, settings: CommonSettings, seed: int) -> None:
         """Raises UserError where a window of the settings' length has no room for a fact and its question."""
-        self.task, self.seed = RecallTask(data, settings), seed
+        self.task, self.seed, self.curriculum = RecallTask(data, settings), seed, settings.recall_curriculum
+        self.growing, self.items_per_step = 0.0, 1
         assert settings.seq_length is not None
         self.seq_length: int = settings.seq_length
         if self.seq_length < 2 * settings.recall_segment:
@@ -271,9 +278,25 @@ class RecallDataset(Dataset[dict[str, Tensor]]):
                 f"with --seq-length {self.seq_length} at most {self.seq_length // 2} is possible"
             )
 
+    def expect(self, steps: int, items_per_step: int) -> None:
+        """Announces how many optimizer steps there will be, and how many items each takes."""
+        self.growing, self.items_per_step = self.curriculum * steps, items_per_step
+
+    def window_length(self, index: int) -> int:
+        """L of item `index`: the same for all items of an optimizer step."""
+        step, longest = index // self.items_per_step, self.seq_length // self.task.segment
+        if step >= self.growing:
+            return self.seq_length
+        return self.task.segment * int(2 * (longest / 2) ** (step / self.growing))
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        window = self.task.training_window(self.seq_length, self.seed, index)
-        return {"input_ids": torch.from_numpy(window.ids), "labels": torch.from_numpy(window.labels())}
+        length = self.window_length(index)
+        rows = self.seq_length // length
+        windows = [self.task.training_window(length, self.seed, index * self.seq_length + row) for row in range(rows)]
+        return {
+            "input_ids": torch.from_numpy(np.stack([window.ids for window in windows])),
+            "labels": torch.from_numpy(np.stack([window.labels() for window in windows])),
+        }
 
 
 class WithRecall(Dataset[dict[str, Tensor]]):
@@ -287,3 +310,9 @@ class WithRecall(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.windows[index] if index < len(self) else self.recall[index - len(self)]
+
+
+def stack_windows(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch (B, …) of windows (…), or (ΣR, L) of items that are several windows (R, L) each."""
+    join = torch.cat if items[0]["input_ids"].dim() == 2 else torch.stack
+    return {name: join([item[name] for item in items]) for name in items[0]}

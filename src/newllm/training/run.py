@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import transformers
 from safetensors.torch import load_model as load_weights
 
-from newllm.data.recall import RecallDataset, WithRecall
+from newllm.data.recall import RecallDataset, WithRecall, stack_windows
 from newllm.data.windows import StreamDataset, WindowDataset
 from newllm.models import TransformerLM, create_model
 from newllm.models.reconstruction import Reconstruction
@@ -181,6 +181,8 @@ def _train_phase(
     arguments.max_steps = total_steps(settings, len(windows), samples_per_step)
     schedule = Schedule.of(arguments.max_steps, settings)
     tokens_per_step = samples_per_step * settings.seq_length  # type: ignore[operator]
+    if isinstance(windows, WithRecall):
+        windows.recall.expect(int(arguments.max_steps * settings.recall_share), samples_per_step)
     trainer = LMTrainer(
         settings=settings,
         schedule=schedule,
@@ -190,6 +192,7 @@ def _train_phase(
         model=model,
         args=arguments,
         train_dataset=windows,
+        data_collator=stack_windows,
         callbacks=[MetricsCallback(folder / "metrics.jsonl")],
     )
     if on_progress is not None:
