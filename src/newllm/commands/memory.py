@@ -57,18 +57,12 @@ def absorb(settings: AbsorbSettings, text: str) -> None:
     out = output_file(settings)
     model, tokenizer = open_trained(settings)
     window = settings.window or training_window(Path(settings.model))
-    for n, layer in model.memory_layers().items():
-        if window % layer.segment_length:
-            print(
-                f"newllm: note: a window of {window} tokens is no multiple of layer {n}'s segments of "
-                f"{layer.segment_length}: each window ends with a shorter one, as training never saw; see --window",
-                file=sys.stderr,
-            )
-            break
     before = None if settings.into is None else load_one_row(model, settings.into)
     ids = encode(tokenizer, read_text(text))
     if settings.skip >= len(ids):
         raise UserError(f"--skip {settings.skip} leaves nothing of {text}, which has {len(ids):,} tokens")
+    if short := short_segments(model, window):
+        print(short, flush=True)
     start = time.monotonic()
     read = read_windows(model, ids[settings.skip :], window)
     seconds = time.monotonic() - start
@@ -180,6 +174,17 @@ def load_one_row(model: TransformerLM, path: str) -> MemoryFile:
     if (rows := file.layers[0]["rows"]) > 1:
         raise UserError(f"{path}: memories of {rows} rows; take one by newllm.models.memory.take_row, or merge them")
     return file
+
+
+def short_segments(model: TransformerLM, window: int) -> str:
+    """A note where windows do not end with a segment's last token; else empty."""
+    lengths = {layer.segment_length for layer in model.memory_layers().values()}
+    if all(window % length == 0 for length in lengths):
+        return ""
+    return (
+        f"note: windows of {window} tokens are no multiple of the segments of {', '.join(map(str, sorted(lengths)))} "
+        "tokens: each ends with a shorter one, as training never wrote it; --window can be chosen"
+    )
 
 
 def output_file(settings: AbsorbSettings) -> Path:
