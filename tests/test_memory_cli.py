@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -266,6 +267,25 @@ def test_a_full_disk(place, tmp_path, monkeypatch, capsys):
     argv = ("absorb", place / "infini", place / "book.txt", "--out", tmp_path / "a.memory")
     wrong(capsys, "No space left on device", *argv)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_read_is_not_lost_with_a_full_disk(place, tmp_path, monkeypatch, capsys):
+    written = Path.write_bytes
+
+    def full(self, content):
+        if self.is_relative_to(tmp_path / "full"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(self, content)
+
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    capsys.readouterr()
+    assert run("absorb", place / "infini", place / "book.txt", "--out", tmp_path / "full" / "a.memory") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    rescued = Path(line.rpartition(" ")[2])
+    assert "No space left on device; the memory is in" in line
+    assert run("show", rescued, "--model", place / "infini") == 0
 
 
 def test_settings_are_printed_as_a_config(place, capsys):

@@ -7,10 +7,12 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +71,13 @@ def absorb(settings: AbsorbSettings, text: str) -> None:
     if read:
         sources = [*(before.sources if before else []), "standard input" if text == "-" else Path(text).name]
         tokens = read + (before.tokens_read if before else 0)
-        file = save_memory(model, out, tokens_read=tokens, sources=list(dict.fromkeys(sources)))
+        save = partial(save_memory, model, tokens_read=tokens, sources=list(dict.fromkeys(sources)))
+        try:
+            file = save(out)
+        except UserError as error:  # what took hours to read is not lost with a full disk
+            rescue = Path(tempfile.mkdtemp(prefix="newllm-")) / out.name
+            save(rescue)
+            raise UserError(f"{error}; the memory is in {rescue}") from error
         speed = f"{read / max(seconds, 1e-9):,.0f} tokens/s"
         print(f"read {read:,} tokens in {seconds:.1f} s ({speed}), {file.layers[0]['written'][0]:,} segments in all")
         print(f"memory: {out}, {file.bytes:,} bytes for {file.tokens_read:,} tokens")
