@@ -251,7 +251,7 @@ WRONG_STATES = {
     "dtype": (lambda s: s.update({"0.matrix": s["0.matrix"].double()}), "float64, here it would be .* float32"),
     "NaN": (lambda s: s["0.matrix"][0, 0, 0, 3].fill_(torch.nan), "'0.matrix' holds numbers that are not finite"),
     "infinite": (lambda s: s["0.normaliser"].fill_(torch.inf), "'0.normaliser' holds numbers that are not finite"),
-    "frozen": (lambda s: s.update({"0.frozen": torch.tensor([1])}), "no memory 1 to freeze or unfreeze: layer 0 has 1"),
+    "frozen": (lambda s: s.update({"0.frozen": torch.tensor([1])}), "no memory 1 to freeze: layer 0 has 1"),
     "frozen, nested": (lambda s: s.update({"0.frozen": torch.tensor([[0]])}), "'0.frozen' is 1 × 1 int64, .* a list"),
     "frozen, one number": (lambda s: s.update({"0.frozen": torch.tensor(0)}), "'0.frozen' is a single int64"),
     "count": (lambda s: s.update({"0.written": s["0.written"][0]}), "'0.written' is a single int64, .* 1 int64"),
@@ -290,7 +290,7 @@ def test_frozen_memories_are_read_and_not_written(preset, options):
     other.unfreeze_memory()
     logits(other, text(3 * S, seed=2), update_memory=True)
     assert not torch.equal(other.get_memory_state()["0.matrix"][0, 1], before["0.matrix"][0, 1])
-    with pytest.raises(UserError, match="no memory 3 to freeze or unfreeze: layer 0 has 3"):
+    with pytest.raises(UserError, match="no memory 3 to freeze: layer 0 has 3"):
         model.freeze_memory([0, 3])
     assert model.get_memory_state()["0.frozen"].tolist() == [1]
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from newllm.data.tokens import TokenFile
 
 TEMPLATES = [
-    # How a fact begins, how the question about it begins. The answer follows the name, so that to tell whose it is takes
-    # a look at the one token before it.
+    # How a fact begins, how the question about it begins. The answer follows the name: whose it is, the token before it
+    # tells.
     (" Know: they call", " Say: they call"),
     (" Hear: we name", " Tell: we name"),
     (" Mark: men call", " Speak: men call"),

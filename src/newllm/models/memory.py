@@ -135,7 +135,7 @@ class HoldsMemory:
 
     def _check_banks(self, n: int, layer: CompressiveLayer, banks: set[int]) -> None:
         for bank in banks - set(range(layer.num_memories)):
-            raise UserError(f"there is no memory {bank} to freeze or unfreeze: layer {n} has {layer.num_memories}, counted from 0")
+            raise UserError(f"there is no memory {bank} to freeze: layer {n} has {layer.num_memories}, counted from 0")
 
     # What `TransformerLM` calls.
 
