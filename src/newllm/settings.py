@@ -150,7 +150,45 @@ class RecallSettings:
     """Held-out windows for each distance."""
 
 
-SPECIAL = (*FIRST_PHASE, "gate_lr", "streaming", *(f.name for f in dataclasses.fields(RecallSettings)))
+@dataclass(kw_only=True)
+class ReversalSettings:
+    """Facts told in one direction and asked in both: what is trained on. SYSTEMS §14."""
+
+    reversal_share: float = 0.0
+    """Share of the optimizer steps that train on sentences of the reversal task instead of plain text."""
+    reversal_repeats: int = 10
+    """How often each of its sentences stands in one pass over them."""
+    reversal_mode: Literal["forward", "reversed_entities"] = "forward"
+    """'forward' trains on the sentences as they are; 'reversed_entities' also on each with its words in reverse
+    order, names kept whole."""
+
+
+@dataclass(kw_only=True)
+class LaggedSettings:
+    """Lagged Cache Training, for models that feed a state of theirs back. SYSTEMS §9."""
+
+    lagged_passes: int = 1
+    """Forward passes in a step, each with the states of the one before; as many as tokens in a window make the forward
+    that of true recurrence."""
+    lagged_grad_passes: int = 1
+    """So many of the last passes carry gradient."""
+    lagged_deep_share: float = 0.0
+    """Share of the optimizer steps that take more passes instead: they keep the fixed point stable."""
+    lagged_deep_passes: int = 4
+    """Passes of these deeper steps; all of them carry gradient."""
+    lagged_memory: float = 1.0
+    """Gigabytes up to which the states of all samples are kept in memory; above, in a file of the run folder."""
+    step_by_step: bool = False
+    """Train by true recurrence instead, one token after the other, with gradients through all of them: the slow
+    reference."""
+
+
+SPECIAL = (
+    *FIRST_PHASE,
+    "gate_lr",
+    "streaming",
+    *(f.name for cls in (RecallSettings, ReversalSettings, LaggedSettings) for f in dataclasses.fields(cls)),
+)
 """What only some models or some experiments use."""
 
 
@@ -178,7 +216,15 @@ class EvaluationSettings:
 
 
 @dataclass(kw_only=True)
-class CommonSettings(ShapeSettings, DataSettings, TrainingSettings, RecallSettings, EvaluationSettings):
+class CommonSettings(
+    ShapeSettings,
+    DataSettings,
+    TrainingSettings,
+    RecallSettings,
+    ReversalSettings,
+    LaggedSettings,
+    EvaluationSettings,
+):
     """Everything the runs of a comparison share."""
 
     scale: str = "quickstart"
@@ -277,6 +323,7 @@ POSITIVE = (
     *("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "lr", "batch_size"),
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
     *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts"),
+    *("reversal_repeats", "lagged_passes", "lagged_grad_passes", "lagged_deep_passes"),
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it;
 # memories are swapped between two windows of recall.
@@ -291,6 +338,8 @@ SHARES = (
     "adam_beta2",
     "recall_share",
     "recall_curriculum",
+    "reversal_share",
+    "lagged_deep_share",
 )
 
 
