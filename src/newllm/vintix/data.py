@@ -148,14 +148,24 @@ class HistoryDataset:
     """
 
     def __init__(
-        self, datasets: list[Histories], context: int, seed: int, length: int | None = None, block: int = 1
+        self,
+        datasets: list[Histories],
+        context: int,
+        seed: int,
+        length: int | None = None,
+        block: int = 1,
+        start_share: float = 0.0,
     ) -> None:
-        """length: how many items there are; by default as many as cover the histories once.
+        """
+        Args:
+            length: how many items there are; by default as many as cover the histories once.
+            start_share: share of the windows that begin where their history does.
 
         Raises:
             UserError: histories shorter than the context.
         """
         self.datasets, self.context, self.seed, self.block = datasets, context, seed, block
+        self.start_share = start_share
         for data in datasets:
             if data.reward.shape[1] < context:
                 raise UserError(
@@ -178,7 +188,7 @@ class HistoryDataset:
         """
         observation (T, do), action (T, da) the target, reward (T, 1); previous_action (T, da) and previous_reward
         (T, 1), those of the step before, across episodes too, zeros before the history's first; float32.
-        episode_start (T,) bool; step_in_episode (T,) int64; group: int.
+        episode_start, history_start (T,) bool; step_in_episode (T,) int64; group: int.
         """
         if not 0 <= index < self.length:
             raise IndexError(index)
@@ -186,7 +196,8 @@ class HistoryDataset:
         data = self.datasets[group]
         chance = np.random.default_rng([self.seed, 0, index])
         history = int(chance.integers(data.reward.shape[0]))
-        first = int(chance.integers(data.reward.shape[1] - self.context + 1))
+        at_start = chance.random() < self.start_share
+        first = 0 if at_start else int(chance.integers(data.reward.shape[1] - self.context + 1))
         rows = slice(first, first + self.context)
         step = data.step_num[history, rows].astype(np.int64)
         reward = data.reward[history, :, None]
@@ -197,6 +208,7 @@ class HistoryDataset:
             "previous_action": _shifted(data.action[history], first, self.context),
             "previous_reward": _shifted(reward, first, self.context),
             "episode_start": step == 0,
+            "history_start": np.arange(first, first + self.context) == 0,
             "step_in_episode": step,
             "group": group,
         }

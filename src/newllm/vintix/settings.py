@@ -5,10 +5,10 @@ One config file serves collect, train and evaluate; each command takes the field
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from newllm.settings import UserError
+from newllm.settings import Precision, UserError
 
 CONFIGS_FOLDER = Path(__file__).parent / "configs"
 
@@ -66,22 +66,123 @@ class VintixModelSettings:
     """Width of the MLP."""
     context: int = 2048
     """Steps the model sees, in training and when it acts."""
+    carry_reward: bool = True
+    """The first step of an episode sees the last reward of the episode before, which otherwise is never seen."""
+    inner_ep_pos_enc: bool = False
+    """Add an embedding of the step within its episode."""
+    max_episode_steps: int = 1000
+    """Size of that embedding's table; later steps take its last entry."""
+    dropout: float = 0.1
+    """Dropout of attention weights and of what is added to the residual stream."""
+
+    def check_model(self) -> None:
+        """Raises UserError for a value out of range, before anything starts."""
+        for name in ("num_layers", "num_heads", "intermediate_size", "context", "max_episode_steps"):
+            _at_least(self, name, 1)
+        _share(self, "dropout")
+        if self.hidden_size < 4 or self.hidden_size % 2 or self.hidden_size % self.num_heads:
+            raise UserError(
+                f"--hidden-size is {self.hidden_size}: it must be even, at least 4, and a multiple of --num-heads "
+                f"{self.num_heads}"
+            )
 
 
 @dataclass(kw_only=True)
 class VintixTrainSettings:
     """Budget and optimiser; the defaults are those of config `small`."""
 
-    seed: int = 0
-    """Seed of initialisation, of the order of the data and of dropout."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds of initialisation, of the order of the data and of dropout; one model for each."""
+    control_seeds: list[int] = field(default_factory=list)
+    """Seeds of models that are trained in the same way on histories of the demonstrator alone, without noise and so
+    without learning: the control. Their histories are collected by the same settings when they are not there yet."""
+    steps: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Windows in a micro-batch."""
+    gradient_accumulation: int = 8
+    """Micro-batches in an optimizer step."""
+    start_share: float = 0.25
+    """Share of the windows that begin where their history does, when nothing is known yet and the noise is high."""
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    warmup_ratio: float = 0.005
+    """Share of the optimizer steps spent in linear warm-up; a cosine follows."""
+    min_lr_ratio: float = 0.0
+    """The cosine ends at this share of the peak learning rate."""
+    weight_decay: float = 0.1
+    """Weight decay on matrices; none on biases, norms and pads."""
+    adam_beta1: float = 0.9
+    """First AdamW beta."""
+    adam_beta2: float = 0.99
+    """Second AdamW beta."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 turns it off."""
+    precision: Precision = "auto"
+    """Of training: 'auto' is bf16 autocast where the device computes it natively, else float32."""
+    device: str = "auto"
+    """'auto' is cuda where there is one, else cpu."""
+    threads: int | None = None
+    """CPU threads for torch; None leaves torch's choice, and shares it among --jobs."""
+    jobs: int | None = None
+    """Models trained at the same time, each in a process of its own; None: on a CPU as many as there are cores and
+    models, on a GPU one."""
+    evaluations: int = 8
+    """How often a run is measured by playing validation tasks; the best weights are kept."""
+    validation_episodes: int = 10
+    """Episodes played in each validation task; the score is that of the second half of them."""
+    checkpoint_minutes: float = 2.0
+    """A checkpoint is written at least this often, and at every evaluation: an interrupted run loses little."""
+
+    def check_train(self) -> None:
+        """Raises UserError for a value out of range, before anything starts."""
+        for name in ("steps", "batch_size", "gradient_accumulation", "evaluations", "validation_episodes"):
+            _at_least(self, name, 1)
+        for name in ("threads", "jobs"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 1)
+        for name in ("warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
+            _share(self, name)
+        if not 0 <= self.start_share <= 1:
+            raise UserError(f"--start-share is {self.start_share}: it must lie in [0, 1]")
+        for name in ("lr", "checkpoint_minutes"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be greater than 0")
+        for name in ("seeds", "control_seeds"):
+            seeds = getattr(self, name)
+            if len(set(seeds)) < len(seeds):
+                raise UserError(f"--{name.replace('_', '-')} is {seeds}: each seed only once")
+        if not self.seeds and not self.control_seeds:
+            raise UserError("--seeds is empty: give at least one seed")
 
 
 @dataclass(kw_only=True)
 class VintixEvaluateSettings:
     """What is measured after training."""
 
-    episodes: int = 10
+    episodes: int = 20
     """Episodes played in each test task, one after the other in one context."""
+    headline_episode: int = 10
+    """The episode whose score is the report's headline; the first is 1."""
+    evaluate_context: int | None = None
+    """Steps the model sees when it acts; None: as many as in training."""
+    evaluate_seed: int = 0
+    """Seed of the starting states of the test tasks and of the bootstrap; none that training has used."""
+    resamples: int = 2000
+    """Bootstrap samples of tasks and seeds that the 95 % intervals are made of."""
+    strip_tasks: int = 3
+    """Test tasks whose first and last episode the report draws."""
+
+    def check_evaluate(self) -> None:
+        """Raises UserError for a value out of range, before anything starts."""
+        for name in ("episodes", "headline_episode", "resamples", "strip_tasks"):
+            _at_least(self, name, 1)
+        if self.evaluate_context is not None:
+            _at_least(self, "evaluate_context", 1)
+        if self.headline_episode > self.episodes:
+            raise UserError(
+                f"--headline-episode is {self.headline_episode}: it must be one of the {self.episodes} --episodes"
+            )
 
 
 @dataclass(kw_only=True)
@@ -93,6 +194,12 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS_FOLDER.glob("*.yaml"))
 
 
+def _share(settings: object, name: str) -> None:
+    value = getattr(settings, name)
+    if not 0 <= value < 1:
+        raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
+
+
 def _at_least(settings: object, name: str, least: int) -> None:
     value = getattr(settings, name)
     if value < least:
@@ -101,4 +208,4 @@ def _at_least(settings: object, name: str, least: int) -> None:
 
 def collect_values(settings: CollectSettings) -> dict[str, object]:
     """What the histories depend on, by name: the fields of CollectSettings alone."""
-    return {field.name: getattr(settings, field.name) for field in fields(CollectSettings)}
+    return {f.name: getattr(settings, f.name) for f in fields(CollectSettings)}
