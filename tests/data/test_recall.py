@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from newllm.data import TokenFile, prepare
 from newllm.data.corpora import open_corpus
-from newllm.data.recall import MOST_WORDS, RecallDataset, RecallTask, WithRecall, recall_words, stack_windows
+from newllm.data.recall import MOST_WORDS, RecallDataset, RecallTask, recall_words
+from newllm.data.tasks import WithTasks, stack_windows
 from newllm.data.windows import IGNORED, WindowDataset
 from newllm.settings import DataSettings, RunSettings, UserError, resolve
 
@@ -166,7 +167,7 @@ def test_short_windows_stand_in_place_of_a_long_one(data):
 
 def test_recall_follows_the_last_text_window(data):
     windows, recall = WindowDataset(data.splits["train"], 256, samples=10), RecallDataset(data, settings(), 0)
-    both = WithRecall(windows, recall)
+    both = WithTasks(windows, [recall])
     assert len(both) == 10
     assert torch.equal(both[9]["input_ids"], windows[9]["input_ids"])
     assert torch.equal(both[10]["labels"], recall[0]["labels"])

@@ -26,7 +26,7 @@ from newllm.training.trainer import RunSampler
     seed=st.integers(0, 3),
 )
 def test_a_share_of_whole_steps_takes_new_recall_windows(windows, steps, batch, share, seed):
-    order = list(RunSampler(windows, steps * batch, seed, batch, share))
+    order = list(RunSampler(windows, steps * batch, seed, batch, [share]))
     assert len(order) == steps * batch
     by_step = [order[i : i + batch] for i in range(0, len(order), batch)]
     recall = [index for index in order if index >= windows]

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from newllm.data.windows import IGNORED, WindowDataset
+from newllm.data.windows import IGNORED, TaskDataset
 from newllm.settings import CommonSettings, UserError
 
 if TYPE_CHECKING:
@@ -258,12 +257,11 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
-class RecallDataset(Dataset[dict[str, Tensor]]):
-    """Training windows of a seed without end: item i is made from (seed, i) alone, whatever was read before.
+class RecallDataset(TaskDataset):
+    """Training windows of the recall task.
 
-    Each is {"input_ids", "labels"}, both (R, L) int64: R windows of L tokens, R·L ≤ seq_length. L grows from two
-    segments to seq_length over the first part of what `expect` announced, the settings' recall_curriculum of it; then
-    R is 1.
+    Each item is R windows of L tokens. L grows from two segments to seq_length over the first part of what `expect`
+    announced, the settings' recall_curriculum of it; then R is 1.
     """
 
     def __init__(self, data: PreparedData, settings: CommonSettings, seed: int) -> None:
@@ -279,7 +277,6 @@ class RecallDataset(Dataset[dict[str, Tensor]]):
             )
 
     def expect(self, steps: int, items_per_step: int) -> None:
-        """Announces how many optimizer steps there will be, and how many items each takes."""
         self.growing, self.items_per_step = self.curriculum * steps, items_per_step
 
     def window_length(self, index: int) -> int:
@@ -297,22 +294,3 @@ class RecallDataset(Dataset[dict[str, Tensor]]):
             "input_ids": torch.from_numpy(np.stack([window.ids for window in windows])),
             "labels": torch.from_numpy(np.stack([window.labels() for window in windows])),
         }
-
-
-class WithRecall(Dataset[dict[str, Tensor]]):
-    """The windows of a text, and after the last of them (at indices from `len` on) those of recall."""
-
-    def __init__(self, windows: WindowDataset, recall: RecallDataset) -> None:
-        self.windows, self.recall = windows, recall
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.windows[index] if index < len(self) else self.recall[index - len(self)]
-
-
-def stack_windows(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch (B, …) of windows (…), or (ΣR, L) of items that are several windows (R, L) each."""
-    join = torch.cat if items[0]["input_ids"].dim() == 2 else torch.stack
-    return {name: join([item[name] for item in items]) for name in items[0]}

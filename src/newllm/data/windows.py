@@ -1,6 +1,8 @@
-"""Batches for training and evaluation: independent windows, or streams that carry state from batch to batch."""
+"""Batches for training and evaluation: independent windows, those of tasks, or streams that carry state on."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -8,6 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from newllm.data.tokens import TokenFile
+
+if TYPE_CHECKING:
+    from newllm.data.preparation import PreparedData
+    from newllm.settings import CommonSettings
 
 IGNORED = -100
 """Label of positions without loss (PyTorch's and Hugging Face's convention)."""
@@ -35,6 +41,24 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         start = int(self.windows[index]) * self.seq_length
         ids = torch.from_numpy(self.ids[start : start + self.seq_length].astype(np.int64))  # (T,)
         return {"input_ids": ids, "labels": ids}
+
+
+class TaskDataset(Dataset[dict[str, Tensor]]):
+    """Training windows of a task without end: item i is made from (seed, i) alone, whatever was read before.
+
+    Each is {"input_ids", "labels"}: one window, (T,) int64, or R windows of L tokens in its place, (R, L) with
+    R·L ≤ T.
+    """
+
+    def __init__(self, data: PreparedData, settings: CommonSettings, seed: int) -> None:
+        """Raises UserError where settings and data make no windows."""
+        raise NotImplementedError
+
+    def expect(self, steps: int, items_per_step: int) -> None:
+        """Announces how many optimizer steps there will be on this task, and how many items each takes."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        raise NotImplementedError
 
 
 class StreamDataset(Dataset[dict[str, Tensor]]):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import transformers
 from safetensors.torch import load_model as load_weights
 
-from newllm.data.recall import RecallDataset, WithRecall, stack_windows
-from newllm.data.windows import StreamDataset, WindowDataset
+from newllm.data.tasks import TASKS, WithTasks, stack_windows, task_shares, training_tasks
+from newllm.data.windows import StreamDataset, TaskDataset, WindowDataset
 from newllm.models import TransformerLM, create_model
 from newllm.models.reconstruction import Reconstruction
 from newllm.settings import CommonSettings, RunSettings, UserError
@@ -93,12 +93,12 @@ def train(
     windows in either case, each read from an empty state, so that the losses of all runs are of one kind.
     """
     check_suitability(settings, [settings.model])
-    recall = RecallDataset(data, settings, settings.seed) if settings.recall_share else None
+    tasks = training_tasks(data, settings, settings.seed)
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
     with lock(folder), explaining_full_disk(folder):
         result = claim_run_folder(folder, settings, data.fingerprint)
         if "training" not in result:
-            results = _train(settings, data, recall, folder, on_progress)
+            results = _train(settings, data, tasks, folder, on_progress)
             result |= {phase: asdict(phase_result) for phase, phase_result in results.items()}
             write_result(folder, result)
         for place in filter(Path.is_dir, (folder, folder / RECONSTRUCTION)):
@@ -109,7 +109,7 @@ def train(
 def _train(
     settings: RunSettings,
     data: PreparedData,
-    recall: RecallDataset | None,
+    tasks: list[TaskDataset],
     folder: Path,
     on_progress: Callable[[TrainProgress], None] | None,
 ) -> dict[str, TrainResult]:
@@ -128,7 +128,7 @@ def _train(
         own = reconstruction_settings(settings, len(windows))
         results[RECONSTRUCTION] = _train_phase(first, own, windows, data, folder, RECONSTRUCTION, on_progress)
         first.freeze()
-    texts: WindowDataset | WithRecall | StreamDataset = windows if recall is None else WithRecall(windows, recall)
+    texts: WindowDataset | WithTasks | StreamDataset = WithTasks(windows, tasks) if tasks else windows
     if settings.streaming:
         assert settings.batch_size is not None
         texts = StreamDataset(data.splits["train"], settings.seq_length, settings.batch_size, settings.seed)
@@ -143,7 +143,7 @@ def _train(
 def reconstruction_settings(settings: RunSettings, num_windows: int) -> RunSettings:
     """Those of the first phase: its own learning rate and passes over the windows; never more than --max-tokens.
 
-    It carries no state and answers no questions: no streams, no windows of recall. The extra loggers get the second
+    It carries no state and answers no questions: no streams, no windows of tasks. The extra loggers get the second
     phase alone: they could not tell the two losses apart.
     """
     assert settings.seq_length is not None
@@ -156,14 +156,14 @@ def reconstruction_settings(settings: RunSettings, num_windows: int) -> RunSetti
         max_tokens=tokens if settings.max_tokens is None else min(tokens, settings.max_tokens),
         report_to=[],
         streaming=False,
-        recall_share=0.0,
+        **dict.fromkeys(TASKS, 0.0),
     )
 
 
 def _train_phase(
     model: TransformerLM | Reconstruction,
     settings: RunSettings,
-    windows: WindowDataset | WithRecall | StreamDataset,
+    windows: WindowDataset | WithTasks | StreamDataset,
     data: PreparedData,
     run_folder: Path,
     phase: str,
@@ -181,8 +181,8 @@ def _train_phase(
     arguments.max_steps = total_steps(settings, len(windows), samples_per_step)
     schedule = Schedule.of(arguments.max_steps, settings)
     tokens_per_step = samples_per_step * settings.seq_length  # type: ignore[operator]
-    if isinstance(windows, WithRecall):
-        windows.recall.expect(int(arguments.max_steps * settings.recall_share), samples_per_step)
+    if isinstance(windows, WithTasks):
+        windows.expect(arguments.max_steps, list(task_shares(settings).values()), samples_per_step)
     trainer = LMTrainer(
         settings=settings,
         schedule=schedule,

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from newllm.data.tasks import task_shares
 from newllm.models import TransformerLM, create_model
 from newllm.models.cache import TokenState
 from newllm.models.layers import Layer
@@ -17,14 +18,18 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
     """Raises UserError where a model would not learn what it is there for.
 
     - With --streaming, rows read on without end: a layer may not keep every token, and each row stays with its process,
-      of which there can be only one. And --recall-share makes windows that stand alone, which is something else.
+      of which there can be only one. And tasks make windows that stand alone, which is something else.
+    - Tasks must leave steps for the text.
     - Without, every window begins with empty memories: it must be longer than a segment, or none is ever read.
     """
-    if settings.streaming and settings.recall_share > 0:
+    shares = {f"--{name.replace('_', '-')}": share for name, share in task_shares(settings).items()}
+    if settings.streaming and shares:
         raise UserError(
-            "--streaming reads documents from beginning to end, --recall-share makes windows that stand alone: "
+            f"--streaming reads documents from beginning to end, {next(iter(shares))} makes windows that stand alone: "
             "choose one of them"
         )
+    if sum(shares.values()) >= 1:
+        raise UserError(f"{' and '.join(shares)} are {sum(shares.values()):g} together: they must be less than 1")
     if settings.streaming and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "--streaming works in one process: its rows would not stay where their states are; leave it out"

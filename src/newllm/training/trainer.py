@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
+from newllm.data.tasks import task_of_each_step, task_shares
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import TransformerLM
 from newllm.models.layers import Layer
@@ -46,24 +46,30 @@ class RunSampler(Sampler[int]):
     The Trainer sees one long epoch. So a batch may span two passes (no short batches), and a resumed run finds its
     place by counting batches, with nothing to restore.
 
-    With a recall_share, that share of the optimizer steps, spread evenly, takes the windows of recall instead: indices
-    from num_windows on, in order, each once.
+    Of K tasks with a share each, a step of theirs takes the next windows of the task instead, each once: for task k the
+    indices num_windows + k, num_windows + k + K, … (see `data.tasks`).
     """
 
     def __init__(
-        self, num_windows: int, num_samples: int, seed: int, samples_per_step: int = 1, recall_share: float = 0.0
+        self,
+        num_windows: int,
+        num_samples: int,
+        seed: int,
+        samples_per_step: int = 1,
+        task_shares: Sequence[float] = (),
     ) -> None:
         self.num_windows, self.num_samples, self.seed = num_windows, num_samples, seed
-        self.samples_per_step, self.recall_share = samples_per_step, recall_share
+        self.samples_per_step, self.task_shares = samples_per_step, task_shares
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        windows, recall = self._passes(), itertools.count(self.num_windows)
-        for step in range(self.num_samples // self.samples_per_step):
-            is_recall = math.floor((step + 1) * self.recall_share) > math.floor(step * self.recall_share)
-            yield from itertools.islice(recall if is_recall else windows, self.samples_per_step)
+        windows, shares = self._passes(), self.task_shares
+        tasks = [itertools.count(self.num_windows + task, len(shares)) for task in range(len(shares))]
+        steps = self.num_samples // self.samples_per_step
+        for task in itertools.islice(task_of_each_step(shares), steps):
+            yield from itertools.islice(windows if task is None else tasks[task], self.samples_per_step)
 
     def _passes(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -104,7 +110,8 @@ class LMTrainer(Trainer):
         num_samples = self.schedule.total_steps * samples_per_step
         if self.settings.streaming:  # a StreamDataset holds the rows of all passes in their order
             return SequentialSampler(range(num_samples))
-        return RunSampler(windows, num_samples, self.settings.seed, samples_per_step, self.settings.recall_share)
+        shares = list(task_shares(self.settings).values())
+        return RunSampler(windows, num_samples, self.settings.seed, samples_per_step, shares)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Matrices, embeddings among them; not biases, norms and gates, which are vectors."""
