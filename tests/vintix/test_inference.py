@@ -1,0 +1,113 @@
+"""The engine: its ring of keys and values against the model that reads everything again."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vintix_stub import inputs, raw_steps, small_model
+
+from newllm.settings import UserError
+from newllm.vintix.inference import VintixEngine
+
+
+def play(engine, observation, reward, start, resets=()):
+    """Actions (B, T, a) of the engine; before step t it forgets rows where (t, rows) is in resets."""
+    actions = []
+    for t in range(observation.shape[1]):
+        for step, rows in resets:
+            if step == t:
+                engine.reset(rows)
+        engine.act(observation[:, t].numpy(), reward[:, t].numpy(), start[:, t].numpy())
+        actions.append(engine.action.clone())
+    return torch.stack(actions, dim=1)
+
+
+def recomputed(model, observation, actions, reward, start):
+    """What the model says of each step, given the actions that were done."""
+    with torch.no_grad():
+        said = model(**inputs(model, observation, actions, reward, start)).actions
+    spec = model.config.groups[0]
+    return said.clamp(torch.tensor(spec["action_low"]), torch.tensor(spec["action_high"]))
+
+
+@given(
+    rows=st.integers(1, 4),
+    length=st.integers(1, 40),
+    context=st.integers(1, 48),
+    starts=st.lists(st.integers(1, 39), max_size=4),
+    carry=st.booleans(),
+    positions=st.booleans(),
+)
+def test_ring_equals_recomputation_before_and_after_eviction(rows, length, context, starts, carry, positions):
+    """After it, the model that reads everything lets each step see the last `context` steps in every layer."""
+    model = small_model(context=context, carry_reward=carry, inner_ep_pos_enc=positions, max_episode_steps=16)
+    observation, reward, start = raw_steps(rows, length, starts)
+    actions = play(VintixEngine(model, rows), observation, reward, start)
+    expected = recomputed(model, observation, actions, reward, start)
+    assert torch.allclose(actions, expected, rtol=0, atol=1e-10)
+
+
+@given(length=st.integers(2, 30), reset=st.integers(1, 29), context=st.sampled_from([5, 64]), data=st.data())
+def test_a_row_that_is_reset_acts_as_one_that_begins(length, reset, context, data):
+    reset = min(reset, length - 1)
+    rows = data.draw(st.sets(st.integers(0, 2), min_size=1))
+    model = small_model(context=context)
+    observation, reward, start = raw_steps(3, length, starts=(4, 11))
+    engine = VintixEngine(model, 3)
+    actions = play(engine, observation, reward, start, [(reset, sorted(rows))])
+    kept = play(VintixEngine(model, 3), observation, reward, start)
+    fresh = play(VintixEngine(model, 3), observation[:, reset:], reward[:, reset:], start[:, reset:])
+    for row in range(3):
+        expected = torch.cat([kept[row, :reset], fresh[row]]) if row in rows else kept[row]
+        assert torch.allclose(actions[row], expected, rtol=0, atol=1e-10)
+        since = length - reset if row in rows else length
+        assert int(engine.lengths[row]) == min(since, context)
+
+
+def test_rows_do_not_see_each_other():
+    model = small_model(context=7)
+    observation, reward, start = raw_steps(3, 20, starts=(5,))
+    together = play(VintixEngine(model, 3), observation, reward, start)
+    order = [2, 0]
+    apart = play(VintixEngine(model, 2), observation[order], reward[order], start[order])
+    assert torch.allclose(together[order], apart, rtol=0, atol=1e-12)
+
+
+def test_actions_are_clipped_and_the_reward_before_anything_is_of_no_matter():
+    model = small_model(context=7)
+    observation, reward, start = raw_steps(2, 10, starts=(5,))
+    engine = VintixEngine(model, 2)
+    first = engine.act(observation[:, 0].numpy(), np.array([1.0, 2.0]))
+    assert first.dtype == np.float32
+    again = VintixEngine(model, 2).act(observation[:, 0].numpy(), np.array([-5.0, 8.0]))
+    assert np.array_equal(first, again)
+    loud = small_model(context=7)
+    with torch.no_grad():
+        loud.heads[0][-1].weight *= 100
+    actions = play(VintixEngine(loud, 2), observation, reward, start)
+    assert actions.abs().max() == 1.0
+
+
+def test_the_ring_is_allocated_once_and_nothing_moves():
+    model = small_model(context=6)
+    engine = VintixEngine(model, 2)
+    address, size = engine.ring.keys.data_ptr(), engine.ring.nbytes()
+    observation, reward, start = raw_steps(2, 20, starts=())
+    play(engine, observation, reward, start)
+    assert (engine.ring.keys.data_ptr(), engine.ring.nbytes()) == (address, size)
+    assert size == 2 * 2 * 2 * 4 * 6 * 8 * 8  # keys and values, layers, rows, heads, slots, d, bytes
+
+
+def test_a_saved_model_acts_as_before(tmp_path):
+    model = small_model(context=9)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    observation, reward, start = raw_steps(2, 20, starts=(5,))
+    before, after = (play(VintixEngine(m, 2), observation, reward, start) for m in (model, loaded))
+    assert torch.allclose(before, after, rtol=0, atol=1e-12)
+
+
+def test_a_context_without_the_present_step_is_refused():
+    with pytest.raises(UserError, match="context"):
+        VintixEngine(small_model(), 1, context=0)
