@@ -283,7 +283,7 @@ def _generate(s: Subject) -> tuple[bool, str]:
 def _saved(s: Subject) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         s.model.save_pretrained(folder)
-        loaded = TransformerLM.from_pretrained(folder, dtype=s.model.dtype, device_map=s.model.device).eval()
+        loaded = type(s.model).from_pretrained(folder, dtype=s.model.dtype, device_map=s.model.device).eval()
     if not torch.equal(replace(s, model=loaded).logits(s.ids), s.logits(s.ids)):
         return False, "a saved and loaded model gives other logits: a parameter or buffer is not saved or not restored"
     return True, "saved and loaded, it gives the same logits, bit for bit"
@@ -295,18 +295,17 @@ def _bytes(s: Subject) -> tuple[bool | None, str]:
         plain, cache = s.model.make_cache("model"), s.model.make_cache()
         for empty in (plain, cache):
             s.model(s.ids[:1, :tokens], past_key_values=empty)
-        for n, layer in enumerate(s.model.layers):
-            try:
-                closed_form = layer.state_bytes(tokens, s.model.dtype.itemsize)  # type: ignore[operator]
-            except NotImplementedError:
-                return None, f"not judged: {type(layer).__name__} gives no closed form (state_bytes)"
-            quantised = plain.layers[n].bytes_at(precision)
-            for state, expected in ((plain.layers[n], closed_form), (cache.layers[n], quantised)):
+        try:
+            closed_forms = s.model.state_bytes(tokens, s.model.dtype.itemsize)
+        except NotImplementedError:
+            return None, "not judged: a layer gives no closed form (state_bytes)"
+        for n, (closed_form, *states) in enumerate(zip(closed_forms, plain.layers, cache.layers, strict=True)):
+            for state, expected in zip(states, (closed_form, states[0].bytes_at(precision)), strict=True):
                 measured = bytes_of(state.tensors().values())
                 if measured != expected:
                     return (
                         False,
-                        f"layer {n} holds {measured:,} bytes at precision {state.precision} after {tokens} tokens, its "
+                        f"state {n} holds {measured:,} bytes at precision {state.precision} after {tokens} tokens, its "
                         f"closed form says {expected:,}",
                     )
     return True, f"measured state bytes = closed form at 1, 5 and {s.ids.shape[1]} tokens"

@@ -52,6 +52,12 @@ class LMConfig(PreTrainedConfig):
         self.num_hidden_layers = len(self.layer_specs)
         for name in kwargs:
             if name not in BOOKKEEPING and not name.startswith("_"):
-                raise nearest(name, list(LMConfig.__annotations__), "option", "of LMConfig")
+                raise nearest(name, self.option_names(), "option", f"of {type(self).__name__}")
         check_precision(self.cache_precision)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The fields that this project gives a configuration: those of LMConfig, and a subclass's own."""
+        own = (base for base in cls.__mro__ if issubclass(base, LMConfig))
+        return [name for base in own for name in base.__annotations__ if name != "model_type"]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedConfig
 
 from newllm.models.config import LMConfig
 from newllm.models.layers.base import LAYER_TYPES, layer_type
-from newllm.models.transformer import TransformerLM
+from newllm.models.transformer import ARCHITECTURES, TransformerLM
 from newllm.settings import UserError, nearest
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
@@ -31,9 +32,10 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """`about` and `layers` of a preset; the name of a layer type stands for a model of such layers alone.
+    """`about` and `layers` of a preset, and `architecture` and `options` of the model where it has them.
 
-    Raises UserError for an unknown name, naming the nearest valid one.
+    The name of a layer type stands for a model of such layers alone. Raises UserError for an unknown name, naming the
+    nearest valid one.
     """
     if name in PLUGIN_PRESETS:
         return copy.deepcopy(PLUGIN_PRESETS[name])
@@ -87,22 +89,26 @@ def model_config(
         if key in own:
             raise UserError(f"model '{model}': {key} is no option of a model; the shape is set for all models alike")
     options |= own
-    specs = load_preset(name)["layers"]
+    preset = load_preset(name)
+    config_class = architecture(preset.get("architecture", "transformer")).config_class
+    options = preset.get("options", {}) | options
+    specs = preset["layers"]
     if len(specs) > num_layers:
         raise UserError(f"preset '{name}' has {len(specs)} different layers: num_layers must be at least that many")
     specs = specs + [specs[-1]] * (num_layers - len(specs))
     shape = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
-    layer_options = {key: value for key, value in options.items() if key not in LMConfig.__annotations__}
-    accepted = sorted({option for spec in specs for option in layer_type(spec["type"]).option_names()})
+    layer_options = {key: value for key, value in options.items() if key not in config_class.option_names()}
+    accepted = {option for spec in specs for option in layer_type(spec["type"]).option_names()}
     for key in layer_options:
         if key not in accepted:
-            raise nearest(key, accepted, "option", f"of model '{name}'")
+            of_model = set(config_class.option_names()) - set(LMConfig.option_names())
+            raise nearest(key, sorted(accepted | of_model), "option", f"of model '{name}'")
     complete = []
     for spec in specs:
         known = layer_type(spec["type"]).option_names()
         complete.append(shape | spec | {key: value for key, value in layer_options.items() if key in known})
-    model_options = {key: value for key, value in options.items() if key in LMConfig.__annotations__}
-    return LMConfig(vocab_size=vocab_size, hidden_size=hidden_size, layer_specs=complete, **model_options)
+    model_options = {key: value for key, value in options.items() if key in config_class.option_names()}
+    return config_class(vocab_size=vocab_size, hidden_size=hidden_size, layer_specs=complete, **model_options)
 
 
 def create_model(model: str, **options: Any) -> TransformerLM:
@@ -117,7 +123,19 @@ def create_model(model: str, **options: Any) -> TransformerLM:
         UserError (a ValueError): unknown preset, layer type or option, naming the nearest valid one.
     """
     config = model_config(model, **options)
-    return TransformerLM(config)
+    return model_class(config)(config)  # type: ignore[call-arg]
+
+
+def architecture(name: str) -> type[TransformerLM]:
+    """The model class of that name. Raises UserError naming the nearest valid one."""
+    if name not in ARCHITECTURES:
+        raise nearest(name, list(ARCHITECTURES), "architecture")
+    return ARCHITECTURES[name]
+
+
+def model_class(config: LMConfig) -> type[TransformerLM]:
+    """The class whose configuration this is."""
+    return next(cls for cls in ARCHITECTURES.values() if cls.config_class is type(config))
 
 
 def check_model_spec(model: str, **shape: Any) -> None:
@@ -143,10 +161,11 @@ def load_model(folder: str | Path, **options: Any) -> TransformerLM:
     if not (path / "config.json").is_file():
         raise UserError(f"no model in {folder}: expected a run folder or one with config.json and model.safetensors")
     try:
-        config = LMConfig.from_pretrained(path)
-        if config.model_type != "newllm" or not config.layer_specs:
-            raise UserError(f"{path} holds a '{config.model_type}' model: expected one saved by newllm")
-        return TransformerLM.from_pretrained(path, config=config, local_files_only=True, **options)
+        kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+        classes = {cls.config_class.model_type: cls for cls in ARCHITECTURES.values()}
+        if kind not in classes:
+            raise UserError(f"{path} holds a '{kind}' model: expected one saved by newllm")
+        return classes[kind].from_pretrained(path, local_files_only=True, **options)
     except UserError as error:
         if "unknown layer type" in str(error):
             raise UserError(f"{path}: {error}; if it comes from your own file, pass --plugin FILE.py") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,15 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.head = new_embeddings  # type: ignore[assignment]
 
+    @property
+    def state_size(self) -> int:
+        """Numbers N of the state that the model feeds back to itself; 0 where it does not (see `RecurrentLM`)."""
+        return 0
+
+    def state_bytes(self, tokens: int, element_size: int) -> list[int]:
+        """Closed form of the bytes that each state of one row's cache holds after `tokens` tokens."""
+        return [layer.state_bytes(tokens, element_size) for layer in self.layers]  # type: ignore[operator]
+
     def make_cache(self, precision: str | None = None) -> LMCache:
         """A cache that has read nothing: one state for each layer. Outside training it starts from the model's memory.
 
@@ -96,10 +106,23 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         through one even when none is given, so that its losses and logits are those it generates by. The same is true
         of a memory that it holds.
         """
-        quantised = not self.training and self.config.cache_precision != "model"
-        if past_key_values is None and (quantised or self._holds_memory()):
+        if past_key_values is None and not self._reads_without_cache():
             past_key_values = self.make_cache()
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        positions, mask = self._places(x, attention_mask, position_ids, past_key_values)
+        states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
+        for layer, state in zip(self.layers, states, strict=True):
+            x = layer(x, positions=positions, mask=mask, state=state)
+        return self.norm(x)
+
+    def _reads_without_cache(self) -> bool:
+        """Whether reading without a cache is the same as through a fresh one."""
+        return (self.training or self.config.cache_precision == "model") and not self._holds_memory()
+
+    def _places(
+        self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Positions (B, T) and mask (B, S) or None of a chunk x (B, T, …), as the layers take them."""
         B, T = x.shape[:2]
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = None if attention_mask is None else attention_mask.bool()
@@ -107,14 +130,10 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
             mask = torch.cat([mask.new_ones(B, seen), mask], dim=1)
         if position_ids is None:
             if mask is None:
-                position_ids = torch.arange(seen, seen + T, device=x.device).expand(B, T)
+                position_ids = torch.arange(seen, seen + T, device=x.device)
             else:
                 position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
-        states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
-        positions = position_ids.expand(B, T)
-        for layer, state in zip(self.layers, states, strict=True):
-            x = layer(x, positions=positions, mask=mask, state=state)
-        return self.norm(x)
+        return position_ids.expand(B, T), mask
 
     def forward(
         self,
@@ -194,5 +213,24 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         return Reconstruction(self) if any(layer.reconstruction_parameters() for layer in self.layers) else None  # type: ignore[operator]
 
 
-AutoConfig.register("newllm", LMConfig)
-AutoModelForCausalLM.register(LMConfig, TransformerLM)
+ARCHITECTURES: dict[str, type[TransformerLM]] = {}
+
+M = TypeVar("M", bound=type[TransformerLM])
+
+
+def register_architecture(name: str) -> Callable[[M], M]:
+    """Class decorator: presets name the kind of model by it, and Hugging Face's Auto classes find model and config.
+
+    Its config_class has a model_type of its own.
+    """
+
+    def register(cls: M) -> M:
+        ARCHITECTURES[name] = cls
+        AutoConfig.register(cls.config_class.model_type, cls.config_class)
+        AutoModelForCausalLM.register(cls.config_class, cls)
+        return cls
+
+    return register
+
+
+register_architecture("transformer")(TransformerLM)

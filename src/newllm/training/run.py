@@ -156,7 +156,7 @@ def reconstruction_settings(settings: RunSettings, num_windows: int) -> RunSetti
         max_tokens=tokens if settings.max_tokens is None else min(tokens, settings.max_tokens),
         report_to=[],
         streaming=False,
-        **dict.fromkeys(TASKS, 0.0),
+        **dict.fromkeys(TASKS, 0.0),  # type: ignore[arg-type]
     )
 
 
