@@ -188,13 +188,16 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
             self._take_memory(past_key_values)
         loss = logits = None
         if labels is not None:
-            nats = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, labels[:, 1:].flatten(), "sum")
-            count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = nats / count
+            loss = self.loss_of(hidden, labels, num_items_in_batch)
         if labels is None or not self.training:
             logits = self.head(hidden[:, -logits_to_keep:])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
+
+    def loss_of(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The training loss from final hidden states (B, T, D); labels and num_items_in_batch as of `forward`."""
+        nats = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, labels[:, 1:].flatten(), "sum")
+        return nats / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def token_losses(self, input_ids: Tensor, cache_precision: str | None = None, **inputs) -> Tensor:
         """−log p(token t | tokens < t) in nats for t = 1 … T − 1: (B, T − 1) float32; never all logits in memory.
