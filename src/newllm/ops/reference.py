@@ -107,3 +107,11 @@ def read_memory(q: Tensor, matrix: Tensor, normaliser: Tensor) -> Tensor:
 
 def read_memory_features(feature: Tensor, matrix: Tensor, normaliser: Tensor) -> Tensor:
     return feature @ matrix / (feature @ normaliser) if normaliser.any() else torch.zeros_like(matrix[0])
+
+
+def linear_scan(a: Tensor, b: Tensor, before: Tensor) -> Tensor:
+    """h_t = a_t h_{t−1} + b_t, one token after the other. Shapes as the fast form's."""
+    h = [before]
+    for t in range(a.shape[1]):
+        h.append(a[:, t] * h[-1] + b[:, t])
+    return torch.stack(h[1:], dim=1)
