@@ -37,6 +37,25 @@ def test_equals_its_naive_twin_in_value_and_gradient(rows, chunk, softmax, ignor
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@given(rows=st.integers(1, 40), chunk=st.sampled_from([1, 7, 512]), softmax=st.sampled_from([1, 3, 128]))
+def test_losses_with_shares_equal_their_naive_twin_in_value_and_gradient(rows, chunk, softmax):
+    hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    shares = torch.rand(rows, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (rows,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "ROWS", chunk)
+        patch.setattr(loss, "SOFTMAX_ROWS", softmax)
+        fused = loss.linear_cross_entropy(hidden, weight, targets, shares=shares)
+    slow = (reference.linear_cross_entropy(hidden, weight, targets) * shares).sum()
+    torch.testing.assert_close(fused, slow, rtol=1e-12, atol=1e-12)
+    inputs = (hidden, weight, shares)
+    for ours, theirs in zip(
+        torch.autograd.grad(fused * 0.7, inputs), torch.autograd.grad(slow * 0.7, inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_bf16_autocast_is_as_close_as_full_logits():
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 64), torch.randn(500, 64, requires_grad=True)

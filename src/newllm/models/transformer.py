@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         if config is None:
             assert layers, "give a config or layers"
             hidden_size = layers[0].spec["hidden_size"]
-            config = LMConfig(hidden_size=hidden_size, layer_specs=[layer.spec for layer in layers], **options)
+            specs = [layer.spec for layer in layers]
+            config = self.config_class(hidden_size=hidden_size, layer_specs=specs, **options)
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # the Trainer then counts num_items_in_batch over labels[:, 1:]
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -110,10 +111,14 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
             past_key_values = self.make_cache()
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         positions, mask = self._places(x, attention_mask, position_ids, past_key_values)
-        states = [None] * len(self.layers) if past_key_values is None else past_key_values.layers
-        for layer, state in zip(self.layers, states, strict=True):
+        states = None if past_key_values is None else past_key_values.layers
+        return self.norm(self.run_layers(x, positions=positions, mask=mask, states=states))
+
+    def run_layers(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, states: Sequence[Any] | None) -> Tensor:
+        """All layers, one after the other, (B, T, D) to (B, T, D), each with its own of `states`, or all without."""
+        for layer, state in zip(self.layers, [None] * len(self.layers) if states is None else states, strict=True):
             x = layer(x, positions=positions, mask=mask, state=state)
-        return self.norm(x)
+        return x
 
     def _reads_without_cache(self) -> bool:
         """Whether reading without a cache is the same as through a fresh one."""

@@ -17,7 +17,11 @@ SOFTMAX_ROWS = 128
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: Literal["sum", "none"] = "sum",
+    shares: Tensor | None = None,
 ) -> Tensor:
     """−log softmax(W h)[target] in nats; targets of −100 count nothing.
 
@@ -29,11 +33,12 @@ def linear_cross_entropy(
         weight: (V, D).
         targets: (N,) int64.
         reduction: 'sum' gives a scalar, 'none' (N,) without gradient.
+        shares: (N,) what each loss counts in the sum; default 1. They get a gradient too.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if reduction == "sum":
-        return _SummedLoss.apply(hidden, weight, targets)
+        return _SummedLoss.apply(hidden, weight, targets, shares)
     losses = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         low = weight.to(hidden.dtype)
@@ -49,9 +54,10 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, shares: Tensor | None) -> Tensor:
         training = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        losses: list[Tensor] = []  # with shares
         grad_hidden = torch.empty_like(hidden) if training else None
         grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -61,20 +67,27 @@ class _SummedLoss(torch.autograd.Function):
                 logits = h @ low.T  # (ROWS, V); its rows become those of the gradient
                 for rows, target in zip(logits.split(SOFTMAX_ROWS), t.split(SOFTMAX_ROWS), strict=True):
                     log_p = _log_softmax(rows)
-                    total += F.nll_loss(log_p, target, ignore_index=IGNORED, reduction="sum")
+                    if shares is None:
+                        total += F.nll_loss(log_p, target, ignore_index=IGNORED, reduction="sum")
+                    else:
+                        losses.append(F.nll_loss(log_p, target, ignore_index=IGNORED, reduction="none"))
                     if training:
                         rows.copy_(_logit_gradient(log_p, target))
+                if shares is not None:
+                    logits *= shares[start : start + ROWS, None]
                 if grad_hidden is not None:
                     grad_hidden[start : start + ROWS] = logits @ low
                     block = (logits.T @ h).to(weight.dtype)
                     grad_weight = block if grad_weight is None else grad_weight.add_(block)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        each = torch.cat(losses) if losses else None  # (N,): the gradient of the shares
+        ctx.save_for_backward(grad_hidden, grad_weight, each)
+        return total if each is None or shares is None else (each * shares).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         # In place: each is used once.
-        return *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), None
+        hidden, weight, shares = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
+        return hidden, weight, None, shares
 
 
 def _logit_gradient(log_p: Tensor, targets: Tensor) -> Tensor:
