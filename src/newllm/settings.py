@@ -183,11 +183,40 @@ class LaggedSettings:
     reference."""
 
 
+@dataclass(kw_only=True)
+class ProjectionSettings:
+    """The first phase of models with a diverse projection, over the text as one stream. SYSTEMS §10."""
+
+    projection_tokens: int | None = None
+    """Tokens of the stream, from the beginning of the training split; None takes all of it."""
+    projection_iterations: int = 100
+    """At most so many passes over the stream, each with the projections that the one before has left."""
+    projection_lr: float = 0.003
+    """Learning rate of Adam in this phase."""
+    projection_batch: int = 5000
+    """Tokens in a step of it, among which projections are to be diverse."""
+    projection_clip: float = 2.0
+    """Its gradient clipping; 0 turns it off."""
+    projection_noise: float = 0.05
+    """Standard deviation of the noise on the projections it reads."""
+    projection_mean_weight: float = 0.1
+    """Weight of the squared length of the mean projection in its loss."""
+    projection_tolerance: float = 0.03
+    """A token has converged when its projection has moved by less than this since the pass before: in mean square over
+    its numbers, the mean square of a projection being 1."""
+    projection_target: float = 0.95
+    """The phase ends when this share of the tokens has converged."""
+
+
 SPECIAL = (
     *FIRST_PHASE,
     "gate_lr",
     "streaming",
-    *(f.name for cls in (RecallSettings, ReversalSettings, LaggedSettings) for f in dataclasses.fields(cls)),
+    *(
+        f.name
+        for cls in (RecallSettings, ReversalSettings, LaggedSettings, ProjectionSettings)
+        for f in dataclasses.fields(cls)
+    ),
 )
 """What only some models or some experiments use."""
 
@@ -223,6 +252,7 @@ class CommonSettings(
     RecallSettings,
     ReversalSettings,
     LaggedSettings,
+    ProjectionSettings,
     EvaluationSettings,
 ):
     """Everything the runs of a comparison share."""
@@ -324,11 +354,12 @@ POSITIVE = (
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
     *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts"),
     *("reversal_repeats", "lagged_passes", "lagged_grad_passes", "lagged_deep_passes"),
+    *("projection_tokens", "projection_iterations", "projection_lr", "projection_batch", "projection_tolerance"),
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it;
 # memories are swapped between two windows of recall.
 AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
-AT_LEAST |= {"recall_windows": 2}
+AT_LEAST |= {"recall_windows": 2, "projection_clip": 0, "projection_noise": 0, "projection_mean_weight": 0}
 SHARES = (
     "warmup_ratio",
     "min_lr_ratio",
@@ -340,6 +371,7 @@ SHARES = (
     "recall_curriculum",
     "reversal_share",
     "lagged_deep_share",
+    "projection_target",
 )
 
 
