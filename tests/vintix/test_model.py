@@ -143,5 +143,5 @@ def test_last_only_is_the_last_of_all():
 
 @pytest.mark.parametrize("options", [{"contxt": 3}, {"hidden_size": 30}, {"hidden_size": 2, "num_heads": 1}])
 def test_wrong_configurations_are_refused(options):
-    with pytest.raises(UserError, match="context|hidden_size"):
+    with pytest.raises(UserError, match=r"context|hidden_size"):
         VintixConfig(**options)

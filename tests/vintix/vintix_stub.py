@@ -1,8 +1,14 @@
 """What several of the Vintix tests need: small models far from their initial weights, and random steps."""
 
+import json
+
+import numpy as np
 import torch
 
+from newllm.vintix.data import FORMAT, History, write_history
+from newllm.vintix.environments import task_family
 from newllm.vintix.model import VintixConfig, VintixModel, group_spec
+from newllm.vintix.settings import CollectSettings, collect_values
 
 
 def group(observation_size=3, action_size=2, name="point"):
@@ -54,3 +60,63 @@ def inputs(model, observation, actions, reward, start):
         "history_start": first,
         "step_in_episode": step_in_episode(start),
     }
+
+
+def write_dataset(folder, *, train_tasks=6, steps=48, noise_free=False, environment="point_reacher"):
+    """Histories of random play, or of the demonstrator, with the metadata that training and evaluation read."""
+    folder.mkdir(parents=True)
+    counts = {"train": train_tasks, "validation": 4, "test": 5}
+    settings = CollectSettings(environment=environment, **{f"{name}_tasks": count for name, count in counts.items()})
+    family = task_family(settings)
+    chance = np.random.default_rng(0)
+    low, high = family.action_low, family.action_high
+
+    def record(policy, task_ids, steps):
+        env = family.make(task_ids, 0)
+        observation, _ = env.reset(seed=0)
+        columns = [[], [], [], []]
+        step = np.zeros(len(task_ids), dtype=np.int32)
+        for _ in range(steps):
+            action = policy(observation).astype(np.float32)
+            after, reward, terminated, truncated, _ = env.step(action)
+            for column, value in zip(columns, (observation, action, reward.astype(np.float32), step), strict=True):
+                column.append(value)
+            observation, step = after, np.where(terminated | truncated, 0, step + 1).astype(np.int32)
+        return [np.stack(column, axis=1) for column in columns]
+
+    def random(observation):
+        return chance.uniform(low, high, (len(observation), family.action_size))
+
+    ids = family.task_ids("train")
+    columns = record(family.demonstrator(ids) if noise_free else random, ids, steps)
+    files = []
+    for row in range(train_tasks):
+        write_history(folder / f"{row}.h5", History(*(column[row] for column in columns)), 20)
+        files.append({"file": f"{row}.h5", "steps": steps})
+    tasks = {}
+    for split in counts:
+        ids = family.task_ids(split)
+        returns = [
+            record(policy, ids, 240)[2].mean(1) * family.episode_length for policy in (random, family.demonstrator(ids))
+        ]
+        tasks[split] = [
+            {"id": int(i), "random": float(r), "demonstrator": float(d), "blind": float(r)}
+            for i, r, d in zip(ids, *returns, strict=True)
+        ]
+    metadata = {
+        "format": FORMAT,
+        "name": environment,
+        "family": family.spec(),
+        "observation_dim": family.observation_size,
+        "action_dim": family.action_size,
+        "action_low": low.tolist(),
+        "action_high": high.tolist(),
+        "observation_mean": columns[0].mean((0, 1)).tolist(),
+        "observation_std": columns[0].std((0, 1)).tolist(),
+        "reward_scale": 1.5,
+        "tasks": tasks,
+        "histories": files,
+        "settings": collect_values(settings),
+    }
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    return folder

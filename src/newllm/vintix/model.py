@@ -37,6 +37,7 @@ from newllm.ops.attention import additive_mask, causal_attention
 from newllm.settings import UserError, nearest
 
 REWARD_WIDTH = 2  # features of a reward; observation and action share the rest of the width
+WRITTEN_BY_THE_TRAINER = "use_cache"
 GROUP_KEYS = ("name", "observation_mean", "observation_std", "action_low", "action_high", "reward_scale")
 
 # Queries, keys and values (B, H, T, d) of one layer to mixed values (B, H, T, d).
@@ -94,7 +95,7 @@ class VintixConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
-            if name not in BOOKKEEPING and not name.startswith("_"):
+            if name not in (*BOOKKEEPING, WRITTEN_BY_THE_TRAINER) and not name.startswith("_"):
                 raise nearest(name, list(VintixConfig.__annotations__), "option", "of VintixConfig")
         if self.hidden_size % self.num_heads:
             raise UserError(f"hidden_size {self.hidden_size} does not divide into num_heads {self.num_heads}")

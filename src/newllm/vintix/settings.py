@@ -5,6 +5,8 @@ One config file serves collect, train and evaluate; each command takes the field
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -188,6 +190,31 @@ class VintixEvaluateSettings:
 @dataclass(kw_only=True)
 class VintixSettings(CollectSettings, VintixModelSettings, VintixTrainSettings, VintixEvaluateSettings):
     """All that a config file may hold."""
+
+
+@dataclass(kw_only=True)
+class VintixRun(VintixSettings):
+    """One model to train."""
+
+    seed: int = 0
+    """Seed of initialisation, of the order of the data and of dropout."""
+    demonstrator_only: bool = False
+    """Whether its histories are without noise: the control."""
+
+    @property
+    def name(self) -> str:
+        return f"{'demonstrator_only' if self.demonstrator_only else 'seed'}-{self.seed}"
+
+    @property
+    def model(self) -> str:
+        return "vintix"
+
+    def hash(self, *, training_only: bool = True) -> str:
+        """Identifies what the run computes, but for its data. Threads change rounding alone."""
+        computed = {f.name for cls in (VintixModelSettings, VintixTrainSettings) for f in fields(cls)}
+        computed -= {"seeds", "control_seeds", "checkpoint_minutes", "threads", "jobs"}
+        values = {name: getattr(self, name) for name in sorted(computed | {"seed", "demonstrator_only"})}
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def config_names() -> list[str]:

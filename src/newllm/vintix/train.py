@@ -1,0 +1,150 @@
+"""Training of Vintix models, each in a run folder of its own.
+
+The loss says little: its floor is the noise that was injected into the histories. So a run is measured by what it is
+for: the model plays validation tasks, of the region of the training tasks but without histories, and the weights that
+score best there are kept. Test tasks are never seen here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_model as load_weights
+
+from newllm.training.checkpoints import (
+    checkpoint_folder,
+    checkpoints,
+    claim_run_folder,
+    complete_folder,
+    explaining_full_disk,
+    lock,
+    remove_except,
+    write_result,
+    write_whole,
+)
+from newllm.training.devices import set_threads
+from newllm.vintix.data import Histories, HistoryDataset, read_histories
+from newllm.vintix.environments import from_spec
+from newllm.vintix.evaluate import agent, interquartile_mean, normalised, play
+from newllm.vintix.inference import VintixEngine
+from newllm.vintix.model import GROUP_KEYS, VintixConfig, VintixModel
+from newllm.vintix.settings import VintixModelSettings, VintixRun
+from newllm.vintix.trainer import WEIGHTS, VintixProgress, VintixTrainer, read_state
+
+DATA_FILE = "data.json"
+VALIDATION_SEED = 1_000_003  # of the starting states of validation tasks: the same at every evaluation of every run
+
+
+@dataclass(frozen=True)
+class VintixTrainResult:
+    """What a finished run says about itself."""
+
+    steps: int
+    parameters: int
+    best_score: float
+    """In-context score on the validation tasks of the weights that were kept."""
+    best_step: int
+    seconds: float
+    """Wall time of all steps, evaluations and checkpoints, over every continuation of the run."""
+
+
+def train(
+    run: VintixRun,
+    data_folders: list[Path],
+    folder: Path,
+    on_progress: Callable[[VintixProgress], None] | None = None,
+) -> VintixTrainResult:
+    """Trains one model on the histories of the folders, or continues where an interrupted call stopped.
+
+    folder receives config.yaml, data.json (what evaluation has to know of the data), metrics.jsonl, model/ (best
+    weights by play, with the statistics that turn raw numbers into the model's) and result.json. A second call returns
+    what the first did.
+    Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
+    """
+    folder = folder.resolve()  # a folder that is moved aside may be the one we are in
+    data = [read_histories(path) for path in data_folders]
+    facts = [{key: value for key, value in histories.metadata.items() if key != "histories"} for histories in data]
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    with lock(folder), explaining_full_disk(folder):
+        result = claim_run_folder(folder, run, fingerprint)  # type: ignore[arg-type]
+        if "training" not in result:
+            write_whole(folder / DATA_FILE, json.dumps(facts))
+            result["training"] = asdict(_train(run, data, folder, on_progress))
+            write_result(folder, result)
+        remove_except(folder, set())
+    return VintixTrainResult(**result["training"])
+
+
+def _train(
+    run: VintixRun, data: list[Histories], folder: Path, on_progress: Callable[[VintixProgress], None] | None
+) -> VintixTrainResult:
+    transformers.utils.logging.disable_progress_bar()
+    set_threads(run)  # type: ignore[arg-type]
+    windows_per_step = run.batch_size * run.gradient_accumulation
+    windows = HistoryDataset(
+        data, run.context, run.seed, run.steps * windows_per_step, block=run.batch_size, start_share=run.start_share
+    )
+    transformers.set_seed(run.seed)
+    model = new_model(run, data)
+    trainer = VintixTrainer(
+        run,
+        lambda played: in_context_score(played, data, run.validation_episodes),
+        on_progress,
+        folder,
+        model=model,
+        train_dataset=windows,  # type: ignore[arg-type]
+        data_collator=stack,
+    )
+    complete = checkpoints(folder)
+    newest = complete[-1] if complete else None
+    state = read_state(newest) if newest is not None else None
+    if state is None or state.global_step < run.steps:
+        state = trainer.run(newest)
+    load_weights(model, checkpoint_folder(folder, state.best_global_step) / WEIGHTS)  # type: ignore[arg-type]
+    with complete_folder(folder / "model") as staging:
+        model.save_pretrained(staging)
+    return VintixTrainResult(
+        steps=state.global_step,
+        parameters=model.num_parameters(),
+        best_score=state.best_metric,  # type: ignore[arg-type]
+        best_step=state.best_global_step,  # type: ignore[arg-type]
+        seconds=state.log_history[-1]["seconds"],
+    )
+
+
+def new_model(settings: VintixModelSettings, data: list[Histories]) -> VintixModel:
+    """An untrained model with a group for each dataset."""
+    statistics = GROUP_KEYS[1:]
+    groups = [{"name": histories.name} | {key: histories.metadata[key] for key in statistics} for histories in data]
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(VintixModelSettings)}
+    return VintixModel(VintixConfig(groups=groups, **values))
+
+
+def stack(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Windows of one group to a batch, as `VintixModel.forward` takes it."""
+    names = [name for name in items[0] if name not in ("reward", "group")]
+    return {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in names} | {
+        "group": items[0]["group"]
+    }
+
+
+def in_context_score(model: VintixModel, data: list[Histories], episodes: int) -> float:
+    """Inter-quartile mean over the validation tasks of the normalised score, in the second half of the episodes."""
+    scores = []
+    for group, histories in enumerate(data):
+        family = from_spec(histories.metadata["family"])
+        task_ids = family.task_ids("validation")
+        engine = VintixEngine(model, len(task_ids), group)
+        returns = play(agent(engine), family, task_ids, episodes, VALIDATION_SEED).returns
+        later = normalised(returns, histories.metadata["tasks"]["validation"])[:, episodes // 2 :]
+        scores.append(later.mean(axis=1))
+    return float(interquartile_mean(np.concatenate(scores)))
