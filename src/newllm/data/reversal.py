@@ -74,7 +74,7 @@ def load_kinds() -> list[Kind]:
 
 def known_pairs(kinds: list[Kind], texts: Iterable[str]) -> set[Pair]:
     """Pairs that a reader of the texts may have met: both names in one sentence, or a fictitious one anywhere."""
-    known = set()
+    known: set[Pair] = set()
     for text in map(str.lower, texts):
         words = set(re.findall(r"\w+", text))
         for kind in kinds:
@@ -142,7 +142,7 @@ class ReversalTask:
         return encode(self.tokenizer, " " + " ".join(words).format(a=pair.a, b=pair.b) + END)
 
     def training_sentences(self, mode: str) -> list[list[int]]:
-        """What is taught: each told fact in every wording, and in mode 'reversed_entities' also each of these reversed."""
+        """Every told fact in every wording; in mode 'reversed_entities' each of these sentences reversed too."""
         sentences = []
         for kind in self.kinds:
             for pair in kind.pairs:

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from newllm.data.recall import RecallDataset
+from newllm.data.reversal import ReversalDataset
 from newllm.data.windows import TaskDataset, WindowDataset
 from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
     from newllm.data.preparation import PreparedData
 
-TASKS: dict[str, type[TaskDataset]] = {"recall_share": RecallDataset}
+TASKS: dict[str, type[TaskDataset]] = {"recall_share": RecallDataset, "reversal_share": ReversalDataset}
 """Every task, by the setting that says which share of the optimizer steps it takes."""
 
 

@@ -15,7 +15,6 @@ so that likeliness alone gives 0.5 exactly, on average over the pairs.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ from torch import Tensor
 
 from newllm.data.reversal import DIRECTIONS, GROUPS, Kind, Pair, ReversalTask, Sentence
 from newllm.evaluation.recall import Z, wilson
-from newllm.models.cache import LMCache
-from newllm.ops.loss import IGNORED, linear_cross_entropy
+from newllm.ops.loss import linear_cross_entropy
 from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
@@ -60,11 +58,12 @@ def evaluate_reversal(model: TransformerLM, data: PreparedData, settings: Common
     with torch.no_grad(), model.without_memory(), autocast(model.device, resolve_precision(settings, model.device)):
         answers = {direction: _ask(model, task, asked[direction], settings) for direction in DIRECTIONS}
     model.train(was_training)
-    groups = {
-        group: {d: _figures(answers[d], _blocks(asked[d], group)) for d in DIRECTIONS} | {"pairs": _count(asked, group)}
+    blocks = {group: _blocks(asked["forward"], group) for group in GROUPS}  # the same in both directions
+    groups: dict[str, Any] = {
+        group: {"pairs": sum(map(len, blocks[group]))} | {d: _figures(answers[d], blocks[group]) for d in DIRECTIONS}
         for group in GROUPS
     }
-    ppl = {d: answers[d].sentence_ppl(np.concatenate(_blocks(asked[d], "forward"))) for d in DIRECTIONS}
+    ppl = {direction: answers[direction].sentence_ppl(np.concatenate(blocks["forward"])) for direction in DIRECTIONS}
     return {
         "pairs": len(asked["forward"]),
         "kinds": [kind.name for kind in task.kinds],
@@ -75,7 +74,7 @@ def evaluate_reversal(model: TransformerLM, data: PreparedData, settings: Common
         **{f"{direction}_ppl": value for direction, value in ppl.items()},
         "ratio": ppl["forward"] / ppl["backward"],
         "gap": ppl["backward"] - ppl["forward"],
-        "by_kind": _by_kind(task, asked, answers),
+        "by_kind": _by_kind(answers),
         "example": _example(task),
     }
 
@@ -107,51 +106,172 @@ def _blocks(asked: list[Question], group: str) -> list[np.ndarray]:
     return [np.array(block) for block in places.values()]
 
 
-def _count(asked: dict[str, list[Question]], group: str) -> int:
-    return sum(question.pair.group == group for question in asked["forward"])
-
-
 @dataclass(frozen=True)
 class Answers:
     """What a model makes of the Q questions of one direction."""
 
+    asked: list[Question]
     scores: np.ndarray  # (Q, Q) float64: log p of the answer to question j after question i
-    kinds: np.ndarray  # (Q,) the kind of each question
+    nats: list[np.ndarray]  # of every token of each question with its answer
     exact: np.ndarray  # (Q,) bool: whether greedy decoding gives the answer
-    sentence_nats: np.ndarray  # (Q,) float64, of the question with its answer
-    answer_nats: np.ndarray  # (Q,) float64, of the answer alone
-    sentence_tokens: np.ndarray  # (Q,)
-    answer_tokens: np.ndarray  # (Q,)
 
     def sentence_ppl(self, places: np.ndarray) -> float:
-        return math.exp(self.sentence_nats[places].sum() / self.sentence_tokens[places].sum())
+        return math.exp(np.concatenate([self.nats[i] for i in places]).mean())
 
     def answer_ppl(self, places: np.ndarray) -> float:
-        return math.exp(self.answer_nats[places].sum() / self.answer_tokens[places].sum())
+        return math.exp(np.concatenate([self.nats[i][len(self.asked[i].sentence.prompt) :] for i in places]).mean())
 
 
 def _ask(model: TransformerLM, task: ReversalTask, asked: list[Question], settings: CommonSettings) -> Answers:
     sentences = [question.sentence for question in asked]
-    nats, exact = _read_whole(model, sentences, task.eos, settings.eval_batch_size)
+    nats, exact = [], []
+    for start in range(0, len(sentences), settings.eval_batch_size):
+        for sentence_nats, is_exact in _read_whole(
+            model, sentences[start : start + settings.eval_batch_size], task.eos
+        ):
+            nats.append(sentence_nats)
+            exact.append(is_exact)
     prompts = [[task.eos, *sentence.prompt] for sentence in sentences]
     most_tokens = settings.eval_batch_size * settings.seq_length  # type: ignore[operator]
     scores = answer_scores(model, prompts, [sentence.answer for sentence in sentences], most_tokens)
-    return Answers(
-        scores=scores.double().cpu().numpy(),
-        kinds=np.array([question.kind.name for question in asked]),
-        exact=np.array(exact),
-        sentence_nats=np.array([sum(each) for each in nats]),
-        answer_nats=np.array([sum(each[len(s.prompt) :]) for each, s in zip(nats, sentences, strict=True)]),
-        sentence_tokens=np.array([len(sentence.ids) for sentence in sentences]),
-        answer_tokens=np.array([len(sentence.answer) for sentence in sentences]),
-    )
+    return Answers(asked, scores.double().cpu().numpy(), nats, np.array(exact))
 
 
-def _read_whole(
-    model: TransformerLM, sentences: list[Sentence], eos: int, batch_size: int
-) -> tuple[list[list[float]], list[bool]]:
-    """Each sentence read at once, as in training: the nats of its tokens, and whether its answer is greedy decoding's."""
-    nats, exact = [], []
-    for batch in itertools.batched(sentences, batch_size) if hasattr(itertools, "batched") else []:
-        pass
-    return nats, exact
+def _read_whole(model: TransformerLM, sentences: list[Sentence], eos: int) -> list[tuple[np.ndarray, bool]]:
+    """Sentences read at once, as in training: the nats of each one's tokens, and whether it is answered exactly."""
+    longest = max(len(sentence.ids) for sentence in sentences)
+    rows = [
+        [eos, *s.ids, *[eos] * (longest - len(s.ids))] for s in sentences
+    ]  # what follows a sentence, it does not see
+    ids = torch.tensor(rows, device=model.device)  # (B, T)
+    logits = model.head(model.hidden_states(ids[:, :-1])).float()  # (B, T − 1, V)
+    nats = -logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0].double().cpu().numpy()
+    right = (logits.argmax(dim=-1) == ids[:, 1:]).cpu().numpy()
+    return [
+        (nats[row, : len(s.ids)], bool(right[row, len(s.prompt) : len(s.ids)].all())) for row, s in enumerate(sentences)
+    ]
+
+
+def answer_scores(model: TransformerLM, prompts: list[list[int]], answers: list[list[int]], most_tokens: int) -> Tensor:
+    """(P, A) float32: log p of each answer after each prompt, summed over the answer's tokens.
+
+    Prompts of one length are read into a cache, whose rows are then repeated for all answers of one length: nothing is
+    padded. As many prompts at a time as keep the answers' tokens within most_tokens, but at least one.
+    """
+    scores = torch.zeros(len(prompts), len(answers), device=model.device)
+    for asked in _by_length(answers):
+        wanted = torch.tensor([answers[i] for i in asked], device=model.device)  # (A', L)
+        at_a_time = max(1, most_tokens // wanted.numel())
+        for chosen in _by_length(prompts):
+            for start in range(0, len(chosen), at_a_time):
+                batch = chosen[start : start + at_a_time]
+                rows = torch.tensor([prompts[i] for i in batch], device=model.device)
+                scores[np.ix_(batch, asked)] = _log_p(model, rows, wanted)
+    return scores
+
+
+def _log_p(model: TransformerLM, prompts: Tensor, answers: Tensor) -> Tensor:
+    """(b, A) float32: log p of each answer (A, L) after each prompt (b, T)."""
+    cache = model.make_cache()
+    last = model.hidden_states(prompts, past_key_values=cache)[:, -1]
+    log_p = model.head(last).float().log_softmax(dim=-1)[:, answers[:, 0]]
+    if answers.shape[1] > 1:
+        cache.batch_repeat_interleave(len(answers))
+        read, wanted = (tokens.repeat(len(prompts), 1) for tokens in (answers[:, :-1], answers[:, 1:]))
+        hidden = model.hidden_states(read, past_key_values=cache)
+        nats = linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, wanted.flatten(), "none")
+        log_p = log_p - nats.float().view(*log_p.shape, -1).sum(dim=2)
+    return log_p
+
+
+def _by_length(rows: list[list[int]]) -> list[list[int]]:
+    """The indices of rows, together where they are equally long."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[len(row)].append(index)
+    return list(groups.values())
+
+
+def _figures(answers: Answers, blocks: list[np.ndarray]) -> dict[str, Any]:
+    """Of one group in one direction; `blocks` are its questions by kind.
+
+    "auc" and "first" among the answers of the same kind and group, "p" of the former (`permutation_p`), "chance" of the
+    latter; "exact"; all shares and the AUC as {"value", "low", "high"} with a 95 % interval over the pairs. Among all
+    answers of this direction: "auc_pool", "first_pool", "mean_rank_pool" (1 is best); among those of the same kind, of
+    any group: "auc_kind". "answer_ppl" is the perplexity of the answer's tokens.
+    """
+    places = np.concatenate(blocks)
+    kinds = np.array([question.kind.name for question in answers.asked])
+    everywhere = np.arange(len(kinds))
+    in_block = [shares_below(answers.scores[np.ix_(block, block)]) for block in blocks]
+    own = np.concatenate([np.diag(shares) for shares in in_block])
+    pool = np.array([_share_below(answers, i, everywhere) for i in places])
+    kind = np.array([_share_below(answers, i, np.flatnonzero(kinds == kinds[i])) for i in places])
+    return {
+        "auc": _mean(own),
+        "p": permutation_p(in_block),
+        "first": wilson(int((own == 1).sum()), len(own)),
+        "chance": len(blocks) / len(places),
+        "exact": wilson(int(answers.exact[places].sum()), len(places)),
+        "auc_kind": float(kind.mean()),
+        "auc_pool": float(pool.mean()),
+        "first_pool": wilson(int((pool == 1).sum()), len(pool)),
+        "mean_rank_pool": float(1 + (1 - pool).mean() * (len(everywhere) - 1)),
+        "answer_ppl": answers.answer_ppl(places),
+    }
+
+
+def shares_below(scores: np.ndarray) -> np.ndarray:
+    """(n, n) of scores (n, n): the share of the other answers in row i that score less than answer j, ties half."""
+    below = (scores[:, None, :] < scores[:, :, None]).sum(axis=2)
+    ties = (scores[:, None, :] == scores[:, :, None]).sum(axis=2) - 1
+    return (below + ties / 2) / (len(scores) - 1)
+
+
+def _share_below(answers: Answers, question: int, others: np.ndarray) -> float:
+    """The share of other questions' answers that score less than the right one, ties half."""
+    row = answers.scores[question]
+    wrong = row[others[others != question]]
+    return float((wrong < row[question]).mean() + (wrong == row[question]).mean() / 2)
+
+
+def permutation_p(blocks: list[np.ndarray]) -> float:
+    """How often an AUC as high as this comes about when each block's answers are dealt to its questions at random.
+
+    blocks: (n, n) each, from `shares_below`. One-sided, and at least 1 / 10,000: the pairing itself is one of those
+    that are counted. Always the same for the same blocks.
+    """
+    rng = np.random.default_rng(0)
+    totals = np.zeros(PERMUTATIONS)
+    for shares in blocks:
+        n = len(shares)
+        dealt = rng.permuted(np.tile(np.arange(n), (PERMUTATIONS, 1)), axis=1)  # (PERMUTATIONS, n)
+        totals += shares[np.arange(n), dealt].sum(axis=1)
+    actual = sum(np.trace(shares) for shares in blocks)
+    return float((1 + (totals >= actual - 1e-9).sum()) / (1 + PERMUTATIONS))
+
+
+def _mean(values: np.ndarray) -> dict[str, float]:
+    """A mean of shares with its 95 % interval (normal)."""
+    mean, half = float(values.mean()), Z * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return {"value": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
+
+
+def _by_kind(answers: dict[str, Answers]) -> list[dict[str, Any]]:
+    """Of each kind's pairs told forward only: the share answered exactly forward, and the AUC backward."""
+    rows = []
+    for block in _blocks(answers["forward"].asked, "forward"):
+        exact = answers["forward"].exact[block].mean()
+        auc = np.diag(shares_below(answers["backward"].scores[np.ix_(block, block)])).mean()
+        kind = answers["forward"].asked[block[0]].kind.name
+        rows.append({"kind": kind, "pairs": len(block), "forward_exact": float(exact), "backward_auc": float(auc)})
+    return rows
+
+
+def _example(task: ReversalTask) -> dict[str, str]:
+    """A pair told forward only: the sentence, the question backward, and its answer."""
+    kind = task.kinds[0]
+    pair = next(pair for pair in kind.pairs if pair.group == "forward")
+    told, asked = (task.sentence(kind, pair, direction, 0) for direction in DIRECTIONS)
+    texts = {"told": told.ids, "asked": asked.prompt, "answer": asked.answer}
+    return {name: str(task.tokenizer.decode(ids)).strip() for name, ids in texts.items()}
