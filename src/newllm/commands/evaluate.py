@@ -11,7 +11,7 @@ from newllm.commands.flags import check_config
 from newllm.commands.folders import model_folder, open_model, run_config
 from newllm.settings import RunSettings, UserError, nearest, resolve
 
-TASKS = ["perplexity", "recall", "efficiency"]
+TASKS = ["perplexity", "recall", "reversal", "efficiency"]
 SPLITS = ["validation", "test"]
 
 
@@ -53,7 +53,7 @@ def evaluate(
     results: dict[str, Any] = {"model": str(folder)}
     for precision in cache_precisions or []:
         check_precision(precision)
-    if {"perplexity", "recall"} & set(tasks):
+    if {"perplexity", "recall", "reversal"} & set(tasks):
         model, _ = open_model(settings)
         data = prepare(settings, print)
     if "perplexity" in tasks:
@@ -68,6 +68,10 @@ def evaluate(
         from newllm.evaluation.recall import evaluate_recall
 
         results["recall_across_segments"] = evaluate_recall(model, data, settings)
+    if "reversal" in tasks:
+        from newllm.evaluation.reversal import evaluate_reversal
+
+        results["reversal"] = evaluate_reversal(model, data, settings)
     if "efficiency" in tasks:
         from newllm.evaluation.efficiency import measure_all
 
@@ -100,6 +104,8 @@ def print_results(results: dict[str, Any]) -> None:
             print(f"  {label:17} {text}")
     if "recall_across_segments" in results:
         print_recall(results["recall_across_segments"])
+    if "reversal" in results:
+        print_reversal(results["reversal"])
     for key, value in results.get("efficiency", {}).items():
         print(f"  {key:40} {value}")
     print(json.dumps(results))
@@ -137,6 +143,27 @@ def print_recall(recall: dict[str, Any]) -> None:
         print(
             f"  not zeroed, not swapped: no layer here writes a memory at the end of every {recall['segment']} tokens"
         )
+
+
+def print_reversal(reversal: dict[str, Any]) -> None:
+    """A row for each group and direction."""
+    print(f"\nreversal: {reversal['pairs']} pairs of {len(reversal['kinds'])} kinds; [95 % interval over the pairs]")
+    print(
+        f"  {'told':9}{'asked':9}{'pairs':>6}{'exact':>9}{'first':>9}{'chance':>9}{'AUC':>24}{'p':>9}{'answer PPL':>12}"
+    )
+    for name, group in reversal["groups"].items():
+        for direction in ("forward", "backward"):
+            row = group[direction]
+            auc = f"{row['auc']['value']:.3f} [{row['auc']['low']:.3f}, {row['auc']['high']:.3f}]"
+            shares = [row["exact"]["value"], row["first"]["value"], row["chance"]]
+            cells = "".join(f"{share:>9.1%}" for share in shares)
+            print(f"  {name:9}{direction:9}{group['pairs']:6}{cells}{auc:>24}{row['p']:9.2g}{row['answer_ppl']:12,.2f}")
+    print(
+        f"  sentences told forward: perplexity {reversal['forward_ppl']:,.2f} forward, {reversal['backward_ppl']:,.2f} "
+        f"backward (ratio {reversal['ratio']:.3g}, gap {reversal['gap']:+,.2f})"
+    )
+    if not reversal["told"]:
+        print(f"  fewer than {reversal['needed']:.0%} are answered forward: the backward figures say nothing")
 
 
 def _ppl(value: float | None) -> str:

@@ -273,5 +273,5 @@ def _example(task: ReversalTask) -> dict[str, str]:
     kind = task.kinds[0]
     pair = next(pair for pair in kind.pairs if pair.group == "forward")
     told, asked = (task.sentence(kind, pair, direction, 0) for direction in DIRECTIONS)
-    texts = {"told": told.ids, "asked": asked.prompt, "answer": asked.answer}
-    return {name: str(task.tokenizer.decode(ids)).strip() for name, ids in texts.items()}
+    texts = {"told": told.ids, "asked": asked.prompt}
+    return {name: str(task.tokenizer.decode(ids)) for name, ids in texts.items()} | {"answer": pair.a}

@@ -17,6 +17,7 @@ from newllm.evaluation.checks import check_as_trained, check_model, is_causal
 from newllm.evaluation.memories import memory_figures
 from newllm.evaluation.perplexity import evaluate, perplexity
 from newllm.evaluation.recall import evaluate_recall
+from newllm.evaluation.reversal import evaluate_reversal
 from newllm.models import TransformerLM, load_model
 from newllm.models.layers.base import create_layer
 from newllm.settings import RunSettings
@@ -61,6 +62,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "test_tokens": result["tokens"],
         **{key: result[key] for key in ("ppl_by_position", "sliding_ppl", "sliding", "segment_ppl", "recall")},
         **({"recall_across_segments": evaluate_recall(model, data, settings)} if settings.recall_share else {}),
+        **({"reversal": evaluate_reversal(model, data, settings)} if settings.reversal_share else {}),
         "memories": memory_figures(model, test, settings),
         "checks": [dataclasses.asdict(check) for check in checks],
         "valid": is_causal(checks),

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from newllm.data import prepare
 from newllm.data.recall import RecallDataset
+from newllm.data.reversal import ReversalTask
 from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
@@ -67,6 +68,8 @@ def compare(settings: ExperimentSettings) -> Path:
         data = prepare(settings, display.say)
         if settings.recall_share:  # what cannot be measured is told before anything trains
             RecallDataset(data, settings, seed=0).task.check_evaluation(settings.recall_distances)
+        if settings.reversal_share:
+            ReversalTask(data)
         comparison = Comparison(settings, out, data, display, jobs)
         tasks = comparison.keep_finished()
         if jobs == 1:

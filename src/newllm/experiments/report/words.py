@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
-from newllm.experiments.report import recall
-from newllm.experiments.results import ModelSummary, Results, decimals, number, percent, ranked, value_text
+from newllm.experiments.report import recall, reversal
+from newllm.experiments.results import (
+    ModelSummary,
+    Results,
+    decimals,
+    number,
+    percent,
+    ranked,
+    value_text,
+    with_interval,
+)
 
 STATE = ALL_COLUMNS["state_bytes"]
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
@@ -65,6 +74,7 @@ def findings(results: Results, summaries: list[ModelSummary]) -> list[tuple[str,
         ("Quality", _quality(results, shown)),
         ("Memory", _memory(results, shown)),
         ("Recall", _recall(shown)),
+        ("Reversal", _reversal(shown)),
         ("Speed", _speed(results, shown)),
         ("Checks", _checks(results, summaries)),
         ("How sure", _certainty(summaries, shown)),
@@ -129,6 +139,20 @@ def _recall(shown: list[ModelSummary]) -> str:
         said.append(f"{summary.model} {number(mean, 0)} %{without}")
     guessing = number(100 * recall.settings(asked)["chance"], 1)
     return f"Questions answered {count(place, 'segment')} after the fact: {join(said)}. Guessing: {guessing} %."
+
+
+def _reversal(shown: list[ModelSummary]) -> str:
+    """What is known backward of facts that were told forward; in the words of the models' verdicts."""
+    asked = reversal.measured(shown)
+    if not asked:
+        return ""
+    groups: dict[str, list[str]] = {}
+    for summary in asked:
+        auc = with_interval(number(reversal.auc(summary).mean, 3), reversal.auc(summary), 3)
+        told = number(reversal.exact(summary, "forward", "forward").mean, 0)
+        groups.setdefault(reversal.verdict(summary), []).append(f"{summary.model} (forward {told} %, AUC {auc})")
+    said = " ".join(f"{capitalised(what)}: {join(models)}." for what, models in groups.items())
+    return f"Facts told in one direction and asked in the other, where an AUC of 0.5 is guessing. {said}"
 
 
 def _speed(results: Results, shown: list[ModelSummary]) -> str:
