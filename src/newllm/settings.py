@@ -187,8 +187,8 @@ class LaggedSettings:
 class ProjectionSettings:
     """The first phase of models with a diverse projection, over the text as one stream. SYSTEMS §10."""
 
-    projection_tokens: int | None = None
-    """Tokens of the stream, from the beginning of the training split; None takes all of it."""
+    projection_tokens: int = 2_000_000
+    """At most so many tokens in the stream, from the beginning of the training split; and no more than --max-tokens."""
     projection_iterations: int = 100
     """At most so many passes over the stream, each with the projections that the one before has left."""
     projection_lr: float = 0.003

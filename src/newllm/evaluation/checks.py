@@ -313,9 +313,10 @@ def _bytes(s: Subject) -> tuple[bool | None, str]:
 
 def _twin(s: Subject) -> tuple[bool | None, str]:
     T = min(s.ids.shape[1], 12)
-    ids = s.ids[:2, :T]
-    x = s.model.embed(ids)
-    positions = torch.arange(T, device=ids.device).expand(2, T)
+    # Of the layers' own width, which need not be the embedding's.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, T, s.model.config.hidden_size, generator=generator).to(s.ids.device, s.model.dtype)
+    positions = torch.arange(T, device=s.ids.device).expand(2, T)
     for n, layer in enumerate(s.model.layers):
         fast = layer(x, positions=positions, mask=None, state=None)
         try:
