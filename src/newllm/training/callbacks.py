@@ -140,6 +140,8 @@ class MetricsCallback(TrainerCallback):
 
     A first phase has a file of its own, in its own folder; its losses are what it minimises.
 
+    Lagged Cache Training adds its residual (`training.lagged_cache`), the mean over the steps that a line stands for.
+
     A resumed run writes the file anew from the checkpoint's history, so no step is lost or there twice.
     """
 
@@ -163,7 +165,7 @@ def metrics_line(entry: dict[str, Any]) -> str:
     names = {"loss": "train_loss", "eval_loss": "val_loss"}
     if not names.keys() & entry.keys():
         return ""
-    order = ("step", "tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds")
+    order = ("step", "tokens", "loss", "eval_loss", "residual", "learning_rate", "grad_norm", "seconds")
     return json.dumps({names.get(key, key): entry[key] for key in order if key in entry}) + "\n"
 
 

@@ -34,6 +34,7 @@ from newllm.training.checkpoints import (
     write_result,
 )
 from newllm.training.devices import set_threads
+from newllm.training.lagged_store import remove_states
 from newllm.training.suitability import check_suitability
 from newllm.training.trainer import WEIGHTS, LMTrainer, read_state, training_arguments
 
@@ -103,6 +104,7 @@ def train(
             write_result(folder, result)
         for place in filter(Path.is_dir, (folder, folder / RECONSTRUCTION)):
             remove_except(place, set())
+        remove_states(folder)
     return TrainResult(**result["training"])
 
 

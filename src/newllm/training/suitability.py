@@ -21,6 +21,7 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
       of which there can be only one. And tasks make windows that stand alone, which is something else.
     - Tasks must leave steps for the text.
     - Without, every window begins with empty memories: it must be longer than a segment, or none is ever read.
+    - Lagged Cache Training keeps the states of windows, in the one process that trains on them.
     """
     shares = {f"--{name.replace('_', '-')}": share for name, share in task_shares(settings).items()}
     if settings.streaming and shares:
@@ -43,10 +44,30 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
                 num_heads=settings.num_heads,
                 intermediate_size=settings.intermediate_size,
             )
+        if model.state_size and not settings.step_by_step:
+            _check_lagged(name, settings)
         if settings.streaming:
             _check_states(name, model)
         else:
             _check_segments(name, model, settings)
+
+
+def _check_lagged(name: str, settings: CommonSettings) -> None:
+    if settings.streaming:
+        raise UserError(
+            f"--streaming: {name} feeds a state back and is trained by Lagged Cache Training, which keeps the states "
+            "of windows, not of rows that read on: leave it out, or train by true recurrence with --step-by-step true"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{name} feeds a state back: Lagged Cache Training works in one process, since each would keep states "
+            "that another one needs; train by true recurrence with --step-by-step true"
+        )
+    if settings.lagged_grad_passes > settings.lagged_passes:
+        raise UserError(
+            f"--lagged-grad-passes is {settings.lagged_grad_passes}: it must be no more than "
+            f"--lagged-passes {settings.lagged_passes}"
+        )
 
 
 def _check_states(name: str, model: TransformerLM) -> None:

@@ -27,10 +27,12 @@ from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import TransformerLM
 from newllm.models.layers import Layer
 from newllm.models.reconstruction import Reconstruction
+from newllm.models.recurrent import RecurrentLM
 from newllm.settings import RunSettings
 from newllm.training.callbacks import FlowCallback, Schedule
 from newllm.training.checkpoints import checkpoint_folder, complete_folder, remove_except
 from newllm.training.devices import autocast, resolve_device, resolve_precision
+from newllm.training.lagged_cache import KeyedWindows, LaggedTraining
 
 if TYPE_CHECKING:
     from newllm.data import TokenFile
@@ -100,6 +102,11 @@ class LMTrainer(Trainer):
         self.seconds_before, self.started = 0.0, time.monotonic()
         # With --streaming, what the rows have read in the batches before; through a quantised cache no gradient flows.
         self.states = self.model.make_cache("model") if settings.streaming else None  # type: ignore[operator]
+        self.lagged: LaggedTraining | None = None
+        if isinstance(self.model, RecurrentLM) and self.model.state_size and not settings.step_by_step:
+            folder = Path(str(self.args.output_dir))
+            self.lagged = LaggedTraining(self.model, settings, len(self.train_dataset), folder)  # type: ignore[arg-type]
+            self.train_dataset = KeyedWindows(self.train_dataset)  # type: ignore[arg-type]
         self.remove_callback(PrinterCallback)
         self.remove_callback(DefaultFlowCallback)
         self.add_callback(self.flow)
@@ -130,7 +137,12 @@ class LMTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; with --streaming, read through the states that the batch before has left."""
+        """The Trainer's, but that of Lagged Cache Training for a model that feeds a state back.
+
+        With --streaming, read through the states that the batch before has left.
+        """
+        if self.lagged is not None:
+            return self.lagged.loss(inputs, self.state.global_step, kwargs["num_items_in_batch"])
         if self.states is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         chunk: dict[str, Any] = dict(inputs)
@@ -162,6 +174,8 @@ class LMTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.lagged is not None and "loss" in logs:
+            logs["residual"] = self.lagged.take_residual()
         logs["tokens"] = self.state.global_step * self.tokens_per_step
         logs["seconds"] = round(self.seconds_before + time.monotonic() - self.started, 3)
         super().log(logs, start_time)
@@ -169,14 +183,19 @@ class LMTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, but complete or not there; keeps this checkpoint and the best one."""
         folder = Path(str(self.args.output_dir))
-        with complete_folder(checkpoint_folder(folder, self.state.global_step)) as staging:
+        checkpoint = checkpoint_folder(folder, self.state.global_step)
+        with complete_folder(checkpoint) as staging:
             save_weights(self.model, str(staging / WEIGHTS))
             if self.states is not None:
                 exported = self.states.export()
                 save_file({name: state.contiguous() for name, state in exported.items()}, staging / STATES)
+            if self.lagged is not None:
+                self.lagged.cache.save(staging)
             self._save_optimizer_and_scheduler(str(staging))
             self._save_rng_state(str(staging))
             self.state.save_to_json(str(staging / "trainer_state.json"))
+        if self.lagged is not None:
+            self.lagged.cache.saved(checkpoint)
         remove_except(folder, {self.state.global_step, self.state.best_global_step or 0})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -184,6 +203,8 @@ class LMTrainer(Trainer):
         load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
         if self.states is not None:
             self.states.restore(load_file(Path(resume_from_checkpoint) / STATES, device=str(self.args.device)))
+        if self.lagged is not None:
+            self.lagged.cache.restore(Path(resume_from_checkpoint))
 
     def run(self, checkpoint: Path | None) -> TrainerState:
         """Trains to the end, from a checkpoint where there is one.
