@@ -1,5 +1,6 @@
 """Models: layers of any registered type in a Hugging Face language model."""
 
+from newllm.models.continuous import ContinuousLM
 from newllm.models.factory import (
     check_model_spec,
     create_model,
@@ -11,9 +12,14 @@ from newllm.models.factory import (
     preset_names,
     register_preset,
 )
+from newllm.models.projection import DProjLM
+from newllm.models.selective import SelectiveLM
 from newllm.models.transformer import TransformerLM
 
 __all__ = [
+    "ContinuousLM",
+    "DProjLM",
+    "SelectiveLM",
     "TransformerLM",
     "check_model_spec",
     "create_model",

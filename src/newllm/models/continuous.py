@@ -1,0 +1,206 @@
+"""ContinuousLM: a language model that can be fed its own hidden state in place of, or beside, the token. SYSTEMS §8.
+
+A language model turns the hidden state after token t − 1 into a word, and reads the word at t. Is information lost on
+the way? Here the state itself, projected, is what token t is read as (`input: replace`), or is added to the token
+(`input: fuse`). The layers are any; every token attends to all earlier ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from newllm.models.config import LMConfig
+from newllm.models.linear import Linear
+from newllm.models.passes import ManyPassesLM, Projection, check_choice, check_count, check_switch, normalised
+from newllm.models.recurrent import RecurrentLM, lag
+from newllm.models.transformer import register_architecture
+from newllm.settings import UserError
+
+MODES = ("discrete", "continuous")
+INPUTS = ("replace", "fuse")
+
+
+class ContinuousConfig(LMConfig):
+    """Configuration of `ContinuousLM`: LMConfig's, and
+
+    Args:
+        mode: 'discrete' is an ordinary language model; 'continuous' feeds its hidden state back.
+        input: with mode 'continuous', 'replace' reads the fed-back state in place of the token; 'fuse' adds it to the
+            token's embedding through a gate.
+        extra_passes: further passes through the same layers, from h₁ to what the head reads.
+        use_h1: the head reads a learned combination of first and last pass.
+
+    Raises:
+        UserError: for a value that means nothing.
+    """
+
+    model_type = "newllm-continuous"
+
+    mode: str = "continuous"
+    input: str = "replace"
+    extra_passes: int = 0
+    use_h1: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_choice("mode", self.mode, MODES)
+        check_choice("input", self.input, INPUTS)
+        check_count("extra_passes", self.extra_passes)
+        check_switch("use_h1", self.use_h1)
+        if self.use_h1 and not self.extra_passes:
+            raise UserError("use_h1 combines two passes: set extra_passes to at least 1")
+        super().__post_init__(**kwargs)
+
+
+@register_architecture("continuous")
+class ContinuousLM(ManyPassesLM, RecurrentLM):
+    """What token t is read as, with the token's embedding e_t and the state h_{t−1} that goes into the final LayerNorm:
+
+        discrete   x_t = e_t
+        replace    x_t = W h̄_{t−1}                                             h̄ = LayerNorm(h), without parameters
+        fuse       x_t = e_t + g_t ⊙ W h̄_{t−1},  g_t = σ(W_g [ē_t; h̄_{t−1}] + b_g)
+
+    Where nothing is fed back (h_{t−1} = 0, as at the first token) all three read e_t: the model of a discrete pass is
+    an ordinary language model. The gate is a function of both its inputs, for each number: a gate that is a learned
+    vector would be the length of W's rows by another name.
+
+    A continuous model has the projections of all modes, so that `compute_loss` can ask one model in each of them.
+    """
+
+    config_class = ContinuousConfig
+
+    def __init__(self, config: ContinuousConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        D, fed_back = self.config.hidden_size, self.config.mode == "continuous"
+        if fed_back:
+            self.proj = Projection(D)
+        if fed_back and self.config.input == "fuse":
+            self.gate = Linear(2 * D, D)
+        if fed_back or self.config.extra_passes:
+            self.extra_proj = Projection(D)
+        if fed_back or self.config.use_h1:
+            self.combine = Linear(2 * D, D, bias=False)
+        self.post_init()  # initialises what has come since TransformerLM did
+
+    @property
+    def state_size(self) -> int:
+        return self.config.hidden_size if self.config.mode == "continuous" else 0
+
+    @property
+    def num_passes(self) -> int:
+        return 1 + self.config.extra_passes
+
+    def iterate(
+        self,
+        input_ids: Tensor,
+        lagged: Tensor,
+        *,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        x = self._read(input_ids, lagged) if self.state_size else self.embed(input_ids)
+        h = self._think(x, self.num_passes, self.config.use_h1, positions=positions, mask=mask, cache=cache)
+        return self.norm(h), h[..., : self.state_size]
+
+    def _read(self, input_ids: Tensor, lagged: Tensor) -> Tensor:
+        """x (B, T, D) of tokens (B, T) and the states before them (B, T, D)."""
+        e = self.embed(input_ids)
+        lagged = lagged.to(e.dtype)
+        back = self.proj(lagged)
+        if self.config.input == "replace":
+            return torch.where(lagged.any(dim=-1, keepdim=True), back, e)
+        gate = torch.sigmoid(self.gate(torch.cat([normalised(e), normalised(lagged)], dim=-1)))
+        return e + gate * back
+
+    def _think(
+        self,
+        x: Tensor,
+        count: int,
+        use_h1: bool,
+        *,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """h (B, T, D) before the final LayerNorm: of the last of `count` passes, or combined with the first."""
+        states = None if cache is None else cache.layers
+        first, *further = self.run_passes(x, count, positions=positions, mask=mask, states=states)
+        if not use_h1:
+            return further[-1] if further else first
+        return self.combine(torch.cat([first, further[-1]], dim=-1)).to(first.dtype)
+
+    def compute_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        mode: str | None = None,
+        extra_pass: bool | None = None,
+        use_h1: bool | None = None,
+        states: Tensor | None = None,
+        passes: int = 1,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The training loss in any mode, in parallel over the tokens, without a trainer.
+
+        In mode 'continuous' this is one step of Lagged Cache Training: from `states`, or else from a discrete pass
+        without gradient, `passes` iterations, the last of which carries gradient. It is not true recurrence, which
+        `forward` computes.
+
+        Args:
+            input_ids: (B, T), without padding.
+            labels: (B, T), not shifted; −100 is ignored.
+            mode: 'discrete' or 'continuous'; default: the model's own.
+            extra_pass: with as many further passes as the configuration names, at least one; or without.
+            use_h1: combine the first and the last pass.
+            states: (B, T, D) of an earlier iteration over the same tokens, as stats["states"] gives them.
+            passes: iterations of mode 'continuous'.
+
+        Returns:
+            loss in nats per token; and stats: loss, ppl, tokens, passes, residual ‖h^k − h^{k−1}‖ / ‖h^k‖ (0 where
+            nothing is fed back), states (B, T, D) after each token, detached.
+
+        Raises:
+            UserError: for a mode that the model has no weights for.
+        """
+        mode, count, use_h1 = self._route(mode, extra_pass, use_h1)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+
+        def iteration(before: Tensor | None) -> Tensor:
+            x = self.embed(input_ids) if before is None else self._read(input_ids, lag(before))
+            return self._think(x, count, use_h1, positions=positions)
+
+        if mode == "discrete":
+            h, passes, residual = iteration(None), 1, 0.0
+        else:
+            with torch.no_grad():
+                before = iteration(None) if states is None else states
+                for _ in range(passes - 1):
+                    before = iteration(before)
+            h = iteration(before)
+            residual = float((h.detach() - before).norm() / h.detach().norm())
+        loss = self.loss_of(self.norm(h), labels)
+        nats = float(loss.detach())
+        stats = {"loss": nats, "ppl": math.exp(nats), "tokens": int((labels[:, 1:] != -100).sum())}
+        return loss, stats | {"passes": passes, "residual": residual, "states": h.detach()}
+
+    def _route(self, mode: str | None, extra_pass: bool | None, use_h1: bool | None) -> tuple[str, int, bool]:
+        """Mode, passes through the layers, and whether the first is used again, as `compute_loss` is asked for them."""
+        config = self.config
+        mode = config.mode if mode is None else mode
+        check_choice("mode", mode, MODES)
+        extra_pass = config.extra_passes > 0 if extra_pass is None else extra_pass
+        use_h1 = config.use_h1 and extra_pass if use_h1 is None else use_h1
+        if use_h1 and not extra_pass:
+            raise UserError("use_h1 combines two passes: ask for extra_pass=True too")
+        wanted = {"proj": mode == "continuous", "extra_proj": extra_pass, "combine": use_h1}
+        for name, used in wanted.items():
+            if used and not hasattr(self, name):
+                raise UserError(
+                    f"this model has no weights '{name}'; create_model('continuous') has those of every mode"
+                )
+        return mode, 1 + max(1, config.extra_passes) if extra_pass else 1, use_h1
