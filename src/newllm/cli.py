@@ -17,6 +17,7 @@ from newllm.settings import UserError, nearest
 
 if TYPE_CHECKING:
     from newllm.commands.flags import Parser
+    from newllm.vintix.settings import VintixSettings
 
 OVERVIEW = """\
 newllm compares language models that remember differently: same text, same budget, one report.
@@ -333,6 +334,94 @@ def bench_growth(argv: list[str]) -> int:
     return _bench(parser, GrowthBench, argv)
 
 
+def bench_vintix(argv: list[str]) -> int:
+    """A step of the Vintix engine, whose keys and values lie in a ring, against reading the context again."""
+    parser = _parser(
+        "bench vintix",
+        bench_vintix,
+        "newllm bench vintix",
+        "newllm bench vintix --context 8192 --environments 1 --rounds 1",
+    )
+    from newllm.vintix.settings import VintixBench
+
+    parser.add_settings(VintixBench)
+    arguments = parser.parse(argv)
+    settings = parser.settings(arguments)
+    if arguments.print_config:
+        return _print_config(settings)
+    from newllm.commands.vintix import bench
+
+    bench(settings)
+    return 0
+
+
+def vintix_collect(argv: list[str]) -> int:
+    """Collect learning histories: a demonstrator whose noise fades, in many tasks."""
+    from newllm.vintix.settings import CollectSettings
+
+    parser = _vintix_parser(
+        "collect",
+        vintix_collect,
+        "newllm vintix collect --config tiny",
+        "newllm vintix collect --environment pendulum --history-steps 4000 --noise-power 2 --out pendulum",
+    )
+    parser.add_argument("--out", metavar="DIR", help="Folder of the histories (default: runs/vintix-NAME/histories).")
+    settings = _vintix_settings(parser, argv, CollectSettings)
+    if settings is None:
+        return 0
+    from newllm.commands.vintix import collect as run
+
+    run(settings, parser.parse_args(argv).out)
+    return 0
+
+
+def vintix_train(argv: list[str]) -> int:
+    """Train action models on learning histories, one for each seed; started again, it continues where it was."""
+    from newllm.vintix.settings import VintixModelSettings, VintixTrainSettings
+
+    parser = _vintix_parser(
+        "train",
+        vintix_train,
+        "newllm vintix train runs/vintix-point_reacher/histories --config tiny",
+        "newllm vintix train histories --config tiny --seeds 0 1 2 --control-seeds 0 1 2 --out runs/point",
+        "newllm vintix train point reacher --config small",
+        usage="HISTORIES …",
+    )
+    parser.add_argument("histories", nargs="+", metavar="HISTORIES", help="Folders that newllm vintix collect wrote.")
+    parser.add_argument("--out", metavar="DIR", help="Folder of the run folders (default: runs/vintix-NAME).")
+    settings = _vintix_settings(parser, argv, VintixModelSettings, VintixTrainSettings)
+    if settings is None:
+        return 0
+    from newllm.commands.vintix import train as run
+
+    arguments = parser.parse_args(argv)
+    run(settings, arguments.histories, arguments.out)
+    return 0
+
+
+def vintix_evaluate(argv: list[str]) -> int:
+    """Play tasks no model has seen, with the controls that tell where the score comes from, and write one report."""
+    from newllm.vintix.settings import VintixEvaluateSettings
+
+    parser = _vintix_parser(
+        "evaluate",
+        vintix_evaluate,
+        "newllm vintix evaluate runs/vintix-point_reacher --config tiny",
+        "newllm vintix evaluate runs/a/seed-0 runs/b/seed-1 --episodes 30 --out runs/both",
+        usage="FOLDER …",
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="Run folders, or folders of them: all seeds.")
+    parser.add_argument("--out", metavar="DIR", help="Folder of the report (default: the first FOLDER).")
+    settings = _vintix_settings(parser, argv, VintixEvaluateSettings, "device", "threads")
+    if settings is None:
+        return 0
+    from newllm.commands.vintix import evaluate as run
+
+    arguments = parser.parse_args(argv)
+    run(settings, arguments.folders, arguments.out)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "train": train,
@@ -350,6 +439,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench memory": bench_memory,
     "bench reading": bench_reading,
     "bench growth": bench_growth,
+    "bench vintix": bench_vintix,
+    "vintix collect": vintix_collect,
+    "vintix train": vintix_train,
+    "vintix evaluate": vintix_evaluate,
 }
 
 
@@ -365,7 +458,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"newllm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        continues = "; the same command continues where it was" if argv[0] in ("compare", "train") else ""
+        resumable = argv[0] in ("compare", "train") or argv[:2] == ["vintix", "train"]
+        continues = "; the same command continues where it was" if resumable else ""
         print(f"\nnewllm: interrupted{continues}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `newllm generate … | head`
@@ -398,7 +492,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _command_list(prefix: str) -> str:
     chosen = {name: command for name, command in COMMANDS.items() if name.startswith(prefix)}
-    return "\n".join(f"  {name:14} {command.__doc__}" for name, command in chosen.items())
+    return "\n".join(f"  {name:15} {command.__doc__}" for name, command in chosen.items())
 
 
 def _parser(name: str, command: Callable[[list[str]], int], *examples: str, usage: str = "") -> Parser:
@@ -406,6 +500,31 @@ def _parser(name: str, command: Callable[[list[str]], int], *examples: str, usag
 
     usage = f"{usage} [--FLAG VALUE …]".strip()
     return Parser(name, command.__doc__ or "", "\n".join(f"  {example}" for example in examples), usage)
+
+
+def _vintix_parser(name: str, command: Callable[[list[str]], int], *examples: str, usage: str = "") -> Parser:
+    """A parser that knows the named configs of Vintix; presets of language models are not its matter."""
+    from newllm.vintix.settings import CONFIGS_FOLDER
+
+    parser = _parser(f"vintix {name}", command, *examples, usage=usage)
+    parser.configs = CONFIGS_FOLDER
+    parser.epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+    return parser
+
+
+def _vintix_settings(parser: Parser, argv: list[str], *chosen: type | str) -> VintixSettings | None:
+    """The settings of a command, over its config file's, which may hold those of the others too; None if printed."""
+    from newllm.commands.flags import read_config
+    from newllm.vintix.settings import VintixSettings
+
+    parser.add_settings(VintixSettings, chosen)
+    arguments = parser.parse(argv)
+    values = {} if arguments.config is None else read_config(arguments.config, VintixSettings, parser.configs)
+    settings = parser.settings(arguments, VintixSettings(**values))
+    if arguments.print_config:
+        _print_config(settings)
+        return None
+    return settings
 
 
 def _print_config(settings) -> int:

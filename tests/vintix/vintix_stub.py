@@ -10,6 +10,9 @@ from newllm.vintix.environments import task_family
 from newllm.vintix.model import VintixConfig, VintixModel, group_spec
 from newllm.vintix.settings import CollectSettings, collect_values
 
+SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "context": 24}
+SMALL |= {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "evaluations": 1, "validation_episodes": 2}
+
 
 def group(observation_size=3, action_size=2, name="point"):
     return group_spec(

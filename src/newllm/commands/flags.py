@@ -39,7 +39,14 @@ IN_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true o
 class Parser(jsonargparse.ArgumentParser):
     """The parser of one command: settings as flags, an optional config file, one-line errors."""
 
-    def __init__(self, command: str, about: str = "", examples: str = "", usage: str = "[--FLAG VALUE …]") -> None:
+    def __init__(
+        self,
+        command: str,
+        about: str = "",
+        examples: str = "",
+        usage: str = "[--FLAG VALUE …]",
+        configs: Path = CONFIGS_FOLDER,
+    ) -> None:
         super().__init__(
             prog=f"newllm {command}",
             usage=f"newllm {command} {usage}",
@@ -50,6 +57,7 @@ class Parser(jsonargparse.ArgumentParser):
             print_config=None,
             allow_abbrev=False,
         )
+        self.configs = configs  # where named configs are
         self.settings_class: type | None = None
         self.names: list[str] = []
         self.where = ""  # the config file that complaints are about, while one is read
@@ -69,7 +77,7 @@ class Parser(jsonargparse.ArgumentParser):
         if single:
             self._add_group("other", None, single)
         group = self.add_argument_group("config")
-        group.add_argument("--config", metavar="NAME|FILE", help=config_help())
+        group.add_argument("--config", metavar="NAME|FILE", help=config_help(self.configs))
         group.add_argument(
             "--print_config", action="store_true", help="Print all settings as YAML for --config, and stop."
         )
@@ -99,7 +107,7 @@ class Parser(jsonargparse.ArgumentParser):
         namespace = self.parse_args(argv)
         values = dict(values or {})
         if self.settings_class is not None and namespace.config is not None:
-            values |= read_config(namespace.config, self.settings_class)
+            values |= read_config(namespace.config, self.settings_class, self.configs)
         if values:
             self.set_defaults({key: value for key, value in values.items() if key in self.names})
             namespace = self.parse_args(argv)
@@ -144,7 +152,7 @@ def groups(cls: type) -> dict[type, str]:
     """The dataclasses a settings class is made of, with the title of their flags; general ones first."""
     bases = [base for base in dataclass_bases(cls) if own_fields(base)]
     titles = {ExperimentSettings: "experiment", RunSettings: "run", CommonSettings: "general"}
-    return {base: titles.get(base) or re.sub("(Settings|Bench)$", "", base.__name__).lower() for base in bases}
+    return {base: titles.get(base) or re.sub("^Vintix|(Settings|Bench)$", "", base.__name__).lower() for base in bases}
 
 
 def dataclass_bases(cls: type) -> list[type]:
@@ -207,26 +215,26 @@ def default_in_words(default: Any, scaled: bool) -> str:
     return f"(default: {str(default).lower() if isinstance(default, bool) else default})"
 
 
-def config_names() -> list[str]:
-    return sorted(path.stem for path in CONFIGS_FOLDER.glob("*.yaml"))
+def config_names(configs: Path = CONFIGS_FOLDER) -> list[str]:
+    return sorted(path.stem for path in configs.glob("*.yaml"))
 
 
-def config_help() -> str:
-    names = ", ".join(config_names())
+def config_help(configs: Path = CONFIGS_FOLDER) -> str:
+    names = ", ".join(config_names(configs))
     return "YAML file with any of these settings (underscores for dashes)" + (
         f", or one of: {names}." if names else "."
     )
 
 
-def read_config(name: str, cls: type) -> dict[str, Any]:
-    """The checked values of a config file, given by path or by its name in experiments/configs."""
-    path = CONFIGS_FOLDER / f"{name}.yaml"
+def read_config(name: str, cls: type, configs: Path = CONFIGS_FOLDER) -> dict[str, Any]:
+    """The checked values of a config file, given by path or by its name in the folder of named ones."""
+    path = configs / f"{name}.yaml"
     if not path.is_file():
         path = Path(name).expanduser()
     if not path.is_file():
         if path.suffix or path.name != name:
             raise UserError(f"--config {name}: no such file")
-        raise nearest(name, config_names(), "config", "(or give the path of a YAML file)")
+        raise nearest(name, config_names(configs), "config", "(or give the path of a YAML file)")
     return check_config(read_yaml(path), cls, f"{path}: ")
 
 

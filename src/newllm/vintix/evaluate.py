@@ -1,119 +1,171 @@
-"""What a model learns inside its context: the score of every episode in tasks it has never seen, without an update.
-
-Four ways to play tell where the score comes from:
-
-    full               the context goes on from episode to episode
-    context_reset      it is emptied at the start of each: nothing can be learned from one episode for the next
-    reward_masked      all rewards are read as 0: what earned them cannot be told
-    demonstrator_only  full, by a model whose histories had no noise and so showed no learning
-
-Scores are normalised, (return − random) / (demonstrator − random), with both returns those of the task itself.
-"""
+"""All measurements of trained runs on test tasks, several seeds together: evaluation.json."""
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
+import yaml
 
-from newllm.vintix.environments import Policy, TaskFamily
+from newllm.settings import UserError
+from newllm.training.checkpoints import read_result, write_whole
+from newllm.training.devices import machine_info, resolve_device, set_threads
+from newllm.vintix.environments import from_spec
 from newllm.vintix.inference import VintixEngine
+from newllm.vintix.model import VintixModel
+from newllm.vintix.play import agent, curve, normalised, play, random_policy, without_memory
+from newllm.vintix.settings import VintixEvaluateSettings, VintixSettings
 
-# Observation (n, do), previous reward (n,), whether an episode starts (n,) to actions (n, da).
-Act = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-TRIMMED = 0.25  # of the scores at either end, for the inter-quartile mean
-LEVEL = 95  # percent of the bootstrap samples within an interval
-
-
-@dataclass
-class Played:
-    """Episodes that were played, one after the other, in n tasks."""
-
-    returns: np.ndarray
-    """(n, E) sums of rewards."""
-    observations: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    """By row and episode, the observations (steps, do) of the episodes that were to be recorded."""
+EVALUATION_FILE = "evaluation.json"
+CONTROLS = ("full", "context_reset", "reward_masked")  # how a model that has seen learning plays
+PLACES = 4  # decimals of stored scores
 
 
-def play(act: Act, family: TaskFamily, task_ids: np.ndarray, episodes: int, seed: int, recorded: int = 0) -> Played:
-    """Plays all tasks at once; records the first and the last episode of the first `recorded` rows."""
-    env = family.make(task_ids, seed)
-    rows = np.arange(len(task_ids))
-    returns = np.zeros((len(rows), episodes))
-    seen: dict[tuple[int, int], list[np.ndarray]] = {
-        (row, episode): [] for row in range(min(recorded, len(rows))) for episode in (0, episodes - 1)
-    }
-    episode, start = np.zeros(len(rows), dtype=int), np.ones(len(rows), dtype=bool)
-    observation, _ = env.reset(seed=seed)
-    reward = np.zeros(len(rows))
-    while episode.min() < episodes:
-        for (row, number), observations in seen.items():
-            if episode[row] == number:
-                observations.append(observation[row].copy())
-        observation, reward, terminated, truncated, _ = env.step(act(observation, reward, start))
-        counts = episode < episodes  # where episodes differ in length, some rows are done before others
-        returns[rows[counts], episode[counts]] += reward[counts]
-        start = terminated | truncated
-        episode += start
-    env.close()
-    return Played(returns, {key: np.stack(observations) for key, observations in seen.items()})
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+    data: list[dict[str, Any]]
+    """For each group of the model, the metadata of its dataset but for the histories."""
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def demonstrator_only(self) -> bool:
+        return self.config["demonstrator_only"]
+
+    def summary(self) -> dict[str, Any]:
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        keys = ("step", "train_loss", "score")
+        return {
+            "folder": self.folder.name,
+            "seed": self.seed,
+            "demonstrator_only": self.demonstrator_only,
+            "families": [data["name"] for data in self.data],
+            "curve": [{key: line[key] for key in keys if key in line} for line in lines],
+            **self.result["training"],
+        }
 
 
-def agent(engine: VintixEngine, *, context_reset: bool = False, reward_masked: bool = False) -> Act:
-    """A model that plays, in full or as a control."""
+def find_runs(folders: list[Path]) -> list[Run]:
+    """The finished runs in these folders, each a run folder or a folder of them; by seed.
 
-    def act(observation: np.ndarray, reward: np.ndarray, start: np.ndarray) -> np.ndarray:
-        if context_reset and start.any():
-            engine.reset(np.flatnonzero(start).tolist())
-        return engine.act(observation, np.zeros_like(reward) if reward_masked else reward, start)
-
-    return act
-
-
-def without_memory(policy: Policy) -> Act:
-    """A policy that looks at the observation alone."""
-    return lambda observation, reward, start: policy(observation)
-
-
-def random_policy(family: TaskFamily, seed: int) -> Policy:
-    """Uniform in the action box."""
-    chance = np.random.default_rng(seed)
-    low, high = family.action_low, family.action_high
-    return lambda observation: chance.uniform(low, high, (len(observation), family.action_size))
-
-
-def normalised(returns: np.ndarray, tasks: list[dict[str, Any]]) -> np.ndarray:
-    """Returns (n, E) as scores: 0 is random play in that task, 1 its demonstrator's."""
-    random, demonstrator = (np.array([task[key] for task in tasks])[:, None] for key in ("random", "demonstrator"))
-    return (returns - random) / (demonstrator - random)
-
-
-def interquartile_mean(scores: np.ndarray) -> np.ndarray:
-    """Mean over axis 0 of what remains when the lowest and the highest quarter are cut off (arXiv 2108.13264)."""
-    cut = int(TRIMMED * len(scores))
-    return np.sort(scores, axis=0)[cut : len(scores) - cut].mean(axis=0)
-
-
-def curve(scores: np.ndarray, resamples: int, seed: int) -> dict[str, list[float]]:
-    """Score against episode, with an interval.
-
-    Args:
-        scores: (S, n, E) of S models, each in the same n tasks.
-        resamples: bootstrap samples; each draws models and tasks anew, with replacement.
-
-    Returns:
-        'value', 'low' and 'high', one number for each episode: inter-quartile mean over models and tasks, and the
-        bounds of its 95 % interval.
+    Raises:
+        UserError: no such folder, or no finished run in it.
     """
-    models, tasks, episodes = scores.shape
-    chance = np.random.default_rng(seed)
-    samples = np.empty((resamples, episodes))
-    for index in range(resamples):
-        drawn = scores[chance.integers(models, size=models)][:, chance.integers(tasks, size=tasks)]
-        samples[index] = interquartile_mean(drawn.reshape(-1, episodes))
-    margin = (100 - LEVEL) / 2
-    low, high = np.percentile(samples, [margin, 100 - margin], axis=0)
-    value = interquartile_mean(scores.reshape(-1, episodes))
-    return {"value": value.tolist(), "low": low.tolist(), "high": high.tolist()}
+    runs = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give what newllm vintix train has written")
+        inside = sorted(path.parent for path in folder.glob("*/result.json"))
+        found = [
+            path for path in [folder, *inside] if "training" in read_result(path) and (path / "data.json").is_file()
+        ]
+        if not found:
+            raise UserError(f"{folder}: no finished run of newllm vintix train there")
+        for path in (path for path in found if "~old" not in path.name):
+            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+            runs.append(Run(path, config, read_result(path), json.loads((path / "data.json").read_text())))
+    return sorted(runs, key=lambda run: (run.demonstrator_only, run.seed))
+
+
+def evaluate(
+    folders: list[Path], settings: VintixSettings, out: Path, command: str, say: Callable[[str], None] = print
+) -> Path:
+    """Plays the test tasks with every run of the folders; writes out/evaluation.json and returns its path.
+
+    Raises:
+        UserError: no runs, none that has seen learning, or runs that have learned different tasks under one name.
+    """
+    settings.check_evaluate()
+    transformers.utils.logging.disable_progress_bar()
+    set_threads(settings)  # type: ignore[arg-type]
+    runs = find_runs(folders)
+    full = [run for run in runs if not run.demonstrator_only]
+    if not full:
+        raise UserError(
+            f"{folders[0]}: only runs on demonstrator-only histories there: train one with --seeds 0 as well"
+        )
+    families = []
+    for metadata in {data["name"]: data for run in full for data in run.data}.values():
+        same = [data for run in runs for data in run.data if data["name"] == metadata["name"]]
+        if any(data["family"] != metadata["family"] for data in same):
+            raise UserError(f"the runs have learned different tasks of {metadata['name']}: evaluate them apart")
+        families.append(_evaluate_family(runs, metadata, settings, say))
+    results = {
+        "command": command,
+        "machine": machine_info(),
+        "settings": {f.name: getattr(settings, f.name) for f in fields(VintixEvaluateSettings)},
+        "config": full[0].config,
+        "runs": [run.summary() for run in runs],
+        "families": families,
+    }
+    path = out / EVALUATION_FILE
+    write_whole(path, json.dumps(results) + "\n")
+    return path
+
+
+def _evaluate_family(
+    runs: list[Run], metadata: dict[str, Any], settings: VintixSettings, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Curves of all ways to play one family's test tasks, and what the report draws of the first model's play."""
+    family = from_spec(metadata["family"])
+    task_ids, tasks, seed = family.task_ids("test"), metadata["tasks"]["test"], settings.evaluate_seed
+    scores: dict[str, list[np.ndarray]] = {}
+    seeds: dict[str, list[int]] = {}
+    strips: list[dict[str, Any]] = []
+    for run in runs:
+        names = [data["name"] for data in run.data]
+        if metadata["name"] not in names:
+            continue
+        say(f"{metadata['name']}: {run.folder.name} plays {len(task_ids)} test tasks")
+        model = VintixModel.from_pretrained(run.folder / "model").to(resolve_device(settings))  # type: ignore[arg-type]
+        for control in CONTROLS[:1] if run.demonstrator_only else CONTROLS:
+            engine = VintixEngine(model, len(task_ids), names.index(metadata["name"]), settings.evaluate_context)
+            options = {} if control == "full" else {control: True}
+            recorded = settings.strip_tasks if control == "full" and not scores else 0
+            played = play(agent(engine, **options), family, task_ids, settings.episodes, seed, recorded)
+            name = "demonstrator_only" if run.demonstrator_only else control
+            scores.setdefault(name, []).append(normalised(played.returns, tasks))
+            seeds.setdefault(name, []).append(run.seed)
+            for (row, episode), observations in played.observations.items():
+                strips.append(
+                    {
+                        "task": int(task_ids[row]),
+                        "parameters": family.parameters[task_ids[row]].tolist(),
+                        "episode": episode + 1,
+                        "score": round(float(scores[name][-1][row, episode]), PLACES),
+                        "observations": np.round(observations, PLACES).tolist(),
+                    }
+                )
+    for name, policy in {
+        "random": random_policy(family, zlib.crc32(b"random") + seed),
+        "blind": family.blind(task_ids),
+        "demonstrator": family.demonstrator(task_ids),
+    }.items():
+        played = play(without_memory(policy), family, task_ids, settings.episodes, seed)
+        scores[name] = [normalised(played.returns, tasks)]
+        seeds[name] = []
+    return {
+        "name": metadata["name"],
+        "options": family.options,
+        "tasks": len(task_ids),
+        "parameter_names": list(family.parameter_names),
+        "curves": {
+            name: {"seeds": seeds[name]} | curve(np.stack(values), settings.resamples, seed)
+            for name, values in scores.items()
+        },
+        "scores": {name: np.round(np.stack(values), PLACES).tolist() for name, values in scores.items()},
+        "strips": sorted(strips, key=lambda strip: (strip["task"], strip["episode"])),
+    }

@@ -217,6 +217,45 @@ class VintixRun(VintixSettings):
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
+@dataclass(kw_only=True)
+class VintixBench:
+    """`newllm bench vintix`: the shape is that of config `small`."""
+
+    hidden_size: int = 256
+    """Width D of the residual stream."""
+    num_layers: int = 3
+    """Number of blocks."""
+    num_heads: int = 4
+    """Attention heads."""
+    intermediate_size: int = 128
+    """Width of the MLP."""
+    observation_size: int = 4
+    """Numbers of an observation."""
+    action_size: int = 2
+    """Numbers of an action."""
+    context: int = 2048
+    """Steps that are remembered."""
+    environments: int = 32
+    """Environments that are acted in at once."""
+    laps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """After how many times the context a step is measured: once the ring is full, its time must not grow."""
+    rounds: int = 3
+    """Rounds; in each, ring and recomputation are measured once at every lap."""
+    steps: int = 10
+    """Steps of the ring in a round."""
+    threads: int | None = None
+    """CPU threads for torch; None leaves torch's choice."""
+    device: str = "auto"
+    """'auto' is cuda where there is one, else cpu."""
+
+    def check(self) -> None:
+        """Raises UserError for a value out of range, before anything starts."""
+        for name in ("observation_size", "action_size", "context", "environments", "rounds", "steps"):
+            _at_least(self, name, 1)
+        if not self.laps or min(self.laps) < 1:
+            raise UserError(f"--laps is {self.laps}: give whole numbers of at least 1")
+
+
 def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS_FOLDER.glob("*.yaml"))
 

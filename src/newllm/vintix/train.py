@@ -34,9 +34,9 @@ from newllm.training.checkpoints import (
 from newllm.training.devices import set_threads
 from newllm.vintix.data import Histories, HistoryDataset, read_histories
 from newllm.vintix.environments import from_spec
-from newllm.vintix.evaluate import agent, interquartile_mean, normalised, play
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.model import GROUP_KEYS, VintixConfig, VintixModel
+from newllm.vintix.play import agent, interquartile_mean, normalised, play
 from newllm.vintix.settings import VintixModelSettings, VintixRun
 from newllm.vintix.trainer import WEIGHTS, VintixProgress, VintixTrainer, read_state
 

@@ -1,0 +1,156 @@
+"""Evaluation: episodes and their returns, the controls, scores and intervals, and the report of several seeds."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from vintix_stub import SMALL, group, small_model, write_dataset
+
+from newllm.settings import UserError
+from newllm.vintix.environments import from_spec
+from newllm.vintix.evaluate import evaluate
+from newllm.vintix.inference import VintixEngine
+from newllm.vintix.play import agent, curve, interquartile_mean, normalised, play, without_memory
+from newllm.vintix.report import write_report
+from newllm.vintix.settings import VintixRun, VintixSettings
+from newllm.vintix.train import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("vintix") / "histories")
+
+
+@pytest.fixture(scope="module")
+def family(data):
+    return from_spec(json.loads((data / "metadata.json").read_text())["family"])
+
+
+def model_of(family):
+    return small_model(groups=[group(family.observation_size, family.action_size)])
+
+
+class Episodes:
+    """A vector environment whose rows end their episodes after different numbers of steps; every step pays 1."""
+
+    def __init__(self, lengths):
+        self.lengths = np.array(lengths)
+
+    def make(self, task_ids, seed):
+        return self
+
+    def reset(self, seed):
+        self.step_num = np.zeros(len(self.lengths), dtype=int)
+        return self.step_num[:, None].astype(float), {}
+
+    def step(self, actions):
+        self.step_num += 1
+        over = self.step_num == self.lengths
+        self.step_num[over] = 0
+        return self.step_num[:, None].astype(float), np.ones(len(over)), over, np.zeros_like(over), {}
+
+    def close(self):
+        pass
+
+
+@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), episodes=st.integers(1, 4))
+def test_returns_are_of_whole_episodes_also_where_their_lengths_differ(lengths, episodes):
+    starts = []
+
+    def act(observation, reward, start):
+        assert np.array_equal(start, observation[:, 0] == 0)
+        starts.append(start)
+        return observation
+
+    played = play(act, Episodes(lengths), np.arange(len(lengths)), episodes, seed=0, recorded=1)
+    assert np.array_equal(played.returns, np.repeat(np.array(lengths)[:, None], episodes, axis=1))
+    assert played.observations[0, episodes - 1][:, 0].tolist() == list(range(lengths[0]))
+
+
+def test_a_context_that_is_reset_holds_one_episode_and_otherwise_all(family):
+    model, ids = model_of(family), family.task_ids("test")
+    for context_reset, steps in ((True, family.episode_length), (False, 2 * family.episode_length)):
+        engine = VintixEngine(model, len(ids))
+        play(agent(engine, context_reset=context_reset), family, ids, 2, seed=0)
+        assert engine.lengths.tolist() == [min(steps, model.config.context)] * len(ids)
+
+
+def test_with_rewards_masked_nothing_depends_on_them(family):
+    model, ids = model_of(family), family.task_ids("test")
+    observation = np.zeros((len(ids), family.observation_size))
+    start = np.ones(len(ids), dtype=bool)
+    actions = []
+    for reward in (0.0, 5.0):
+        act = agent(VintixEngine(model, len(ids)), reward_masked=True)
+        act(observation, np.full(len(ids), reward), start)
+        actions.append(act(observation, np.full(len(ids), reward), ~start))
+    assert np.array_equal(*actions)
+    unmasked = agent(VintixEngine(model, len(ids)))
+    unmasked(observation, np.zeros(len(ids)), start)
+    assert not np.allclose(unmasked(observation, np.full(len(ids), 5.0), ~start), actions[0])
+
+
+def test_the_demonstrator_scores_one_and_random_play_zero(data, family):
+    tasks = json.loads((data / "metadata.json").read_text())["tasks"]["test"]
+    played = play(without_memory(family.demonstrator(family.task_ids("test"))), family, family.task_ids("test"), 12, 1)
+    assert interquartile_mean(normalised(played.returns, tasks)).mean() == pytest.approx(1, abs=0.15)
+    assert normalised(np.array([[tasks[0]["random"], tasks[0]["demonstrator"]]]), tasks[:1]).tolist() == [[0.0, 1.0]]
+
+
+@given(arrays(np.float64, st.tuples(st.integers(1, 30), st.integers(1, 3)), elements=st.floats(-9, 9)))
+def test_interquartile_mean_is_the_mean_of_the_middle(scores):
+    cut = len(scores) // 4
+    middle = np.sort(scores, axis=0)[cut : len(scores) - cut]
+    assert np.allclose(interquartile_mean(scores), middle.mean(axis=0))
+
+
+def test_intervals_hold_their_value_and_shrink_with_more_tasks():
+    chance = np.random.default_rng(0)
+    widths = []
+    for tasks in (8, 128):
+        result = curve(chance.normal(0.5, 0.2, (2, tasks, 3)), resamples=300, seed=0)
+        assert all(
+            low <= value <= high
+            for low, value, high in zip(*(result[k] for k in ("low", "value", "high")), strict=True)
+        )
+        widths.append(result["high"][0] - result["low"][0])
+    assert widths[1] < widths[0]
+
+
+def test_report_of_several_seeds_and_a_control(data, tmp_path):
+    for run in (
+        VintixRun(**SMALL, seed=0),
+        VintixRun(**SMALL, seed=1),
+        VintixRun(**SMALL, seed=0, demonstrator_only=True),
+    ):
+        train(run, [data], tmp_path / run.name)
+    settings = VintixSettings(episodes=3, headline_episode=2, resamples=50, strip_tasks=2)
+    results = json.loads(
+        evaluate([tmp_path], settings, tmp_path, "newllm vintix evaluate x", lambda line: None).read_text()
+    )
+    curves = results["families"][0]["curves"]
+    assert curves["full"]["seeds"] == curves["context_reset"]["seeds"] == curves["reward_masked"]["seeds"] == [0, 1]
+    assert curves["demonstrator_only"]["seeds"] == [0]
+    assert all(len(values["value"]) == 3 for values in curves.values())
+    assert np.array(results["families"][0]["scores"]["full"]).shape == (2, 5, 3)
+    html = write_report(tmp_path).read_text()
+    assert "context reset" in html
+    assert html.count('<svg class="plane"') == 4
+    assert not re.search(r'(src|href)="https?:', html.split("<script")[0])
+
+
+def test_what_cannot_be_evaluated_is_refused(data, tmp_path):
+    settings = VintixSettings(episodes=2, headline_episode=1)
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate([tmp_path / "none"], settings, tmp_path, "")
+    with pytest.raises(UserError, match="no finished run"):
+        evaluate([tmp_path], settings, tmp_path, "")
+    train(VintixRun(**SMALL, demonstrator_only=True), [data], tmp_path / "control")
+    with pytest.raises(UserError, match="demonstrator-only"):
+        evaluate([tmp_path], settings, tmp_path, "")
+    with pytest.raises(UserError, match="headline"):
+        evaluate([tmp_path], VintixSettings(episodes=2), tmp_path, "")
