@@ -42,9 +42,9 @@ def evaluate_reversal(model: TransformerLM, data: PreparedData, settings: Common
     """What the model knows of the facts of `data.reversal`, asked in both directions; settings must be resolved. JSON.
 
     "groups" holds for 'forward' (told forward only), 'both' and 'never', under "forward" and "backward", what
-    `_figures` gives. "told": whether the first group is answered forward well enough. Of that group: "forward_ppl" and
-    "backward_ppl" of its whole sentences, their "ratio" forward / backward and their "gap" backward − forward, which
-    say more about fluency than about recall; and "by_kind" the two figures that matter most.
+    `group_figures` gives. "told": whether the first group is answered forward well enough. Of that group: "forward_ppl"
+    and "backward_ppl" of its whole sentences, their "ratio" forward / backward and their "gap" backward − forward,
+    which say more about fluency than about recall; and "by_kind" the two figures that matter most.
 
     Raises:
         UserError: the text holds the facts itself.
@@ -58,9 +58,10 @@ def evaluate_reversal(model: TransformerLM, data: PreparedData, settings: Common
     with torch.no_grad(), model.without_memory(), autocast(model.device, resolve_precision(settings, model.device)):
         answers = {direction: _ask(model, task, asked[direction], settings) for direction in DIRECTIONS}
     model.train(was_training)
-    blocks = {group: _blocks(asked["forward"], group) for group in GROUPS}  # the same in both directions
+    blocks = {group: blocks_of(asked["forward"], group) for group in GROUPS}  # the same in both directions
     groups: dict[str, Any] = {
-        group: {"pairs": sum(map(len, blocks[group]))} | {d: _figures(answers[d], blocks[group]) for d in DIRECTIONS}
+        group: {"pairs": sum(map(len, blocks[group]))}
+        | {d: group_figures(answers[d], blocks[group]) for d in DIRECTIONS}
         for group in GROUPS
     }
     ppl = {direction: answers[direction].sentence_ppl(np.concatenate(blocks["forward"])) for direction in DIRECTIONS}
@@ -97,7 +98,7 @@ def questions(task: ReversalTask, direction: str) -> list[Question]:
     ]
 
 
-def _blocks(asked: list[Question], group: str) -> list[np.ndarray]:
+def blocks_of(asked: list[Question], group: str) -> list[np.ndarray]:
     """The places of a group's questions, one array for each kind."""
     places: dict[str, list[int]] = defaultdict(list)
     for place, question in enumerate(asked):
@@ -192,7 +193,7 @@ def _by_length(rows: list[list[int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _figures(answers: Answers, blocks: list[np.ndarray]) -> dict[str, Any]:
+def group_figures(answers: Answers, blocks: list[np.ndarray]) -> dict[str, Any]:
     """Of one group in one direction; `blocks` are its questions by kind.
 
     "auc" and "first" among the answers of the same kind and group, "p" of the former (`permutation_p`), "chance" of the
@@ -260,7 +261,7 @@ def _mean(values: np.ndarray) -> dict[str, float]:
 def _by_kind(answers: dict[str, Answers]) -> list[dict[str, Any]]:
     """Of each kind's pairs told forward only: the share answered exactly forward, and the AUC backward."""
     rows = []
-    for block in _blocks(answers["forward"].asked, "forward"):
+    for block in blocks_of(answers["forward"].asked, "forward"):
         exact = answers["forward"].exact[block].mean()
         auc = np.diag(shares_below(answers["backward"].scores[np.ix_(block, block)])).mean()
         kind = answers["forward"].asked[block[0]].kind.name
