@@ -51,7 +51,7 @@ def write_history(path: Path, history: History, group_steps: int) -> None:
             last = min(first + group_steps, len(history)) - 1
             group = file.create_group(f"{first}-{last}")
             for key, column in columns.items():
-                group.create_dataset(key, data=column[first : last + 1])
+                group.create_dataset(key, data=column[first : last + 1], fletcher32=True)  # so that damage shows
 
 
 def read_history(path: Path, steps: int, observation_size: int, action_size: int) -> History:

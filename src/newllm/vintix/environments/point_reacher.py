@@ -1,12 +1,15 @@
-"""Hidden-goal point reacher: a point mass in the plane that is paid for its distance to a goal it is not shown.
+"""Hidden-goal point reacher: a point mass in the plane that is paid for being near a goal it is not shown.
 
-Observation (4): position and velocity. Action (2): acceleration, each in [−1, 1]. Reward: −|x' − goal|, of the position
-after the step, so that what is observed next and the reward received with it belong together.
+Observation (4): position and velocity. Action (2): acceleration, each in [−1, 1].
 
     v' = (1 − damping)·v + acceleration·a        x' = x + v'
 
-Goals lie on a ring around the start. Whoever does not know the goal has no better place than the middle, where the
-episode begins: without learning there is next to nothing to be gained over random play.
+Reward: 1 − |x' − goal| / goal_radius in the last `paid_steps` steps of an episode, 0 before. It belongs to the position
+that is observed together with it: 1 at the goal, next to 0 at the start, less than 0 on the far side.
+
+Two things make this a problem of learning over episodes. Goals lie on a ring around the start, so whoever does not know
+the goal has no better place than the middle, where random play remains as well. And an episode tells where the goal was
+only when it is too late to go there.
 """
 
 from __future__ import annotations
@@ -46,6 +49,9 @@ class PointReacher(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._chance = np.random.default_rng(seed)
+        self.position: np.ndarray = np.zeros((self.num_envs, 2))
+        self.velocity: np.ndarray = np.zeros((self.num_envs, 2))
+        self.elapsed = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """Begins an episode everywhere; with a seed, the sequence of starting states begins anew."""
@@ -59,8 +65,9 @@ class PointReacher(VectorEnv):
         accelerations = self.options["acceleration"] * np.clip(actions, -1, 1)
         self.velocity = (1 - self.options["damping"]) * self.velocity + accelerations
         self.position = self.position + self.velocity
-        reward = -np.linalg.norm(self.position - self.goals, axis=1)
         self.elapsed += 1
+        paid = self.elapsed > self.options["episode_length"] - self.options["paid_steps"]
+        reward = paid * (1 - np.linalg.norm(self.position - self.goals, axis=1) / self.options["goal_radius"][1])
         over = np.full(self.num_envs, self.elapsed == self.options["episode_length"])
         info: dict[str, Any] = {}
         if over[0]:
@@ -72,7 +79,7 @@ class PointReacher(VectorEnv):
         angle = self._chance.uniform(0, 2 * np.pi, self.num_envs)
         radius = self.options["start_radius"] * np.sqrt(self._chance.uniform(0, 1, self.num_envs))
         self.position = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        self.velocity = np.zeros((self.num_envs, 2))
+        self.velocity = self.options["start_speed"] * self._chance.normal(size=(self.num_envs, 2))
         self.elapsed = 0
 
     def _observe(self) -> np.ndarray:

@@ -1,0 +1,35 @@
+"""Gymnasium's InvertedPendulum-v5 (MuJoCo) as it is: nothing hidden, and episodes that end when the pole falls.
+
+Observation (4): cart position, pole angle, their velocities. Action (1): force in [−3, 3]. Reward 1 a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from newllm.vintix import demonstrators
+
+PARAMETERS = ()
+
+
+def draw(held_out: bool, count: int, chance: np.random.Generator, options: dict[str, Any]) -> np.ndarray:
+    """(count, 0): all tasks are the same."""
+    return np.zeros((count, 0))
+
+
+def average(options: dict[str, Any]) -> np.ndarray:
+    return np.zeros(0)
+
+
+def make(parameters: np.ndarray, seed: int, options: dict[str, Any]) -> SyncVectorEnv:
+    def one():
+        return gymnasium.make("InvertedPendulum-v5", max_episode_steps=options["episode_length"])
+
+    return SyncVectorEnv([one] * len(parameters), autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+act = demonstrators.inverted_pendulum
