@@ -9,6 +9,7 @@ from newllm.models.cache.state import RecurrentState
 
 MEMORY = ("matrix", "normaliser", "written")
 PENDING = ("keys", "values", "filled")
+MAYBE = ("matrix", "normaliser", "before")
 
 
 class MemoryState(RecurrentState):
@@ -17,7 +18,7 @@ class MemoryState(RecurrentState):
     matrix (B, N, Hm, d, d) and normaliser (B, N, Hm, d) in float32 at least, see `ops.memory`; written (B,) int64
     counts the segments a row has written and says whose turn is next. A layer without memories has `written` alone.
     keys and values (B, S, D), as the layer computes them, hold the pending segment: its filled (B,) int64 tokens, fewer
-    than S, stand at the end.
+    than S, stand at the end. A layer that shifts keys also keeps the one before those: before (B, D).
 
     `memory` and `set_memory` take the memories out and put them in; what is pending is no part of them.
     """
@@ -56,7 +57,7 @@ class MemoryState(RecurrentState):
         super().check(tensors)
         names = set(tensors)
         # Memories alone, of one that has read nothing yet, or with what is pending; without memories `written` alone.
-        if names and names - {"matrix", "normaliser"} not in ({"written"}, {"written", *PENDING}):
+        if names and names - {*MAYBE} not in ({"written"}, {"written", *PENDING}):
             raise ValueError(f"these are not the tensors of a compressive memory: {', '.join(tensors)}")
         for name, tensor in tensors.items():
             old = self.values_by_name.get(name, tensor)

@@ -33,6 +33,11 @@ class CompressiveLayer(Layer):
     queries, keys and values; those of the memory carry no position. g = sigmoid(β), one for each memory head; while the
     memories are empty, the local attention alone counts.
 
+    With key_shift a memory takes a token's value by the key of the token before it: "what came after this". A layer
+    then recalls what followed an earlier occurrence by itself, where otherwise a layer below must first have brought
+    the two tokens together. (The shortest of the short convolutions of recurrent mixers.) The first token of a text,
+    before which there is none, is written by a key of zeros.
+
     A segment is S real tokens of its row, wherever padding stands.
     """
 
@@ -50,6 +55,7 @@ class CompressiveLayer(Layer):
         memory_head_dim: int | None,
         use_delta_rule: bool,
         memory_grad: str,
+        key_shift: bool,
     ) -> None:
         super().__init__()
         memory_head_dim = hidden_size if memory_head_dim is None else memory_head_dim
@@ -61,14 +67,15 @@ class CompressiveLayer(Layer):
         for name, value, valid in (("local", local, LOCAL), ("memory_grad", memory_grad, MEMORY_GRAD)):
             if value not in valid:
                 raise nearest(str(value), list(valid), name, f"of layer type '{self.type_name}'")
-        if type(use_delta_rule) is not bool:
-            raise UserError(f"use_delta_rule is {use_delta_rule!r}: it must be true or false")
+        for name, switch in (("use_delta_rule", use_delta_rule), ("key_shift", key_shift)):
+            if type(switch) is not bool:
+                raise UserError(f"{name} is {switch!r}: it must be true or false")
         self.attention = SegmentAttention(num_heads, hidden_size // num_heads, create_position(position), local)
         self._arguments |= {"position": position_spec(self.attention.position), "memory_head_dim": memory_head_dim}
         self.num_memories, self.segments_per_memory = num_memories, segments_per_memory
         self.num_memory_heads, self.memory_head_dim = hidden_size // memory_head_dim, memory_head_dim
         self.hidden_size, self.segment_length = hidden_size, segment_length
-        self.use_delta_rule, self.memory_grad = use_delta_rule, memory_grad
+        self.use_delta_rule, self.memory_grad, self.key_shift = use_delta_rule, memory_grad, key_shift
         # Memories that are read but not written outside training. No part of the spec, see `models/memory.py`.
         self.frozen: set[int] = set()
         self.norm_attention = nn.LayerNorm(hidden_size)
@@ -115,7 +122,7 @@ class CompressiveLayer(Layer):
         G = -(-T // self.segment_length)
         complete = torch.full((B,), T // self.segment_length, device=q.device)
         q, k, v = (F.pad(x, (0, 0, 0, G * self.segment_length - T)) for x in (q, k, v))
-        mixed, _ = self._segments(q, k, v, self._empty_memory(q), complete, last=False)
+        mixed, _ = self._segments(q, k, v, torch.zeros_like(k[:, 0]), self._empty_memory(q), complete, last=False)
         return mixed[:, :T]
 
     def _chunk(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
@@ -128,7 +135,7 @@ class CompressiveLayer(Layer):
         """
         B, T, _ = q.shape
         S = self.segment_length
-        memory, keys, values, filled = self._open(state, k)
+        memory, before, keys, values, filled = self._open(state, k)
         held = torch.arange(S, device=q.device) >= S - filled[:, None]
         real = torch.ones(B, T, dtype=torch.bool, device=q.device) if real is None else real
         present = torch.cat([held, real], dim=1)  # (B, S + T)
@@ -138,15 +145,19 @@ class CompressiveLayer(Layer):
         size = G * S
         slots = torch.where(present, ranks - 1, size)  # what is not there goes to a slot behind the last
         k, v = (lay_out(torch.cat(parts, dim=1), slots, size) for parts in ((keys, k), (values, v)))
-        mixed, memory = self._segments(lay_out(q, slots[:, S:], size), k, v, memory, count // S, last=True)
+        mixed, memory = self._segments(lay_out(q, slots[:, S:], size), k, v, before, memory, count // S, last=True)
         newest = (count[:, None] - S + torch.arange(S, device=q.device)).clamp(min=0)
-        state.write(T, **memory, keys=pick(k, newest), values=pick(v, newest), filled=count % S)
+        pending = {"keys": pick(k, newest), "values": pick(v, newest), "filled": count % S}
+        if self.key_shift:
+            known = torch.cat([before[:, None], k], dim=1)
+            pending["before"] = pick(known, (count // S * S)[:, None])[:, 0]
+        state.write(T, **memory, **pending)
         return pick(mixed, slots[:, S:].clamp(max=size - 1))
 
     def _token(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
         """One token (B, 1, D) after what the state holds: `_chunk` for a single query."""
         S = self.segment_length
-        memory, old_keys, old_values, old_filled = self._open(state, k)
+        memory, before, old_keys, old_values, old_filled = self._open(state, k)
         keys, values = (torch.cat([old[:, 1:], x], dim=1) for old, x in ((old_keys, k), (old_values, v)))
         filled = old_filled + 1
         held = torch.arange(S, device=q.device) >= S - filled[:, None]
@@ -160,8 +171,11 @@ class CompressiveLayer(Layer):
             filled = torch.where(real[:, 0], filled, old_filled)
         full = filled == S
         if full.any():
-            memory = self._write(keys, values, memory, full)
-        state.write(1, **memory, keys=keys, values=values, filled=filled.masked_fill(full, 0))
+            memory = self._write(keys, values, filled, before, memory, full)
+        pending = {"keys": keys, "values": values, "filled": filled.masked_fill(full, 0)}
+        if self.key_shift:
+            pending["before"] = torch.where(full[:, None], keys[:, -1], before)
+        state.write(1, **memory, **pending)
         return mixed[:, 0]
 
     def write_pending(self, state: MemoryState) -> None:
@@ -169,21 +183,33 @@ class CompressiveLayer(Layer):
         values = state.tensors()
         if not values.keys() >= {"keys", "filled"}:
             return
-        filled, memory = values["filled"], state.memory()
-        held = torch.arange(self.segment_length, device=filled.device) >= self.segment_length - filled[:, None]
+        filled, memory, keys = values["filled"], state.memory(), values["keys"]
+        some, pending = filled > 0, {"filled": torch.zeros_like(filled)}
         with exact_products(filled):
-            memory = self._write(values["keys"], values["values"], memory, filled > 0, held)
-        state.write(0, **memory, filled=torch.zeros_like(filled))
+            memory = self._write(keys, values["values"], filled, values.get("before", keys[:, 0]), memory, some)
+        if self.key_shift:
+            pending["before"] = torch.where(some[:, None], keys[:, -1], values["before"])
+        state.write(0, **memory, **pending)
 
     def _segments(
-        self, q: Tensor, k: Tensor, v: Tensor, memory: dict[str, Tensor], complete: Tensor, *, last: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        before: Tensor,
+        memory: dict[str, Tensor],
+        complete: Tensor,
+        *,
+        last: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """All of G segments (B, G·S, D), the first `complete` (B,) of which are full and written.
 
+        before: (B, D) the key of the token before the first.
         last: whether what becomes of the memories after the last segment matters.
         """
-        q, k, v = (x.unflatten(1, (-1, self.segment_length)) for x in (q, k, v))  # (B, G, S, D)
-        mixed = self.attention.whole(q, k, v)
+        memory_keys = torch.cat([before[:, None], k[:, :-1]], dim=1) if self.key_shift else k
+        q, k, v, memory_keys = (x.unflatten(1, (-1, self.segment_length)) for x in (q, k, v, memory_keys))
+        mixed = self.attention.whole(q, k, v)  # (B, G, S, D)
         if self.num_memories:
             G = q.shape[1]
             order = torch.arange(G, device=q.device)
@@ -191,7 +217,7 @@ class CompressiveLayer(Layer):
             features = self._features(q)
             found, matrix, normaliser = read_segments(
                 features,
-                *self._to_write(k, v),
+                *self._to_write(memory_keys, v),
                 memory["matrix"],
                 memory["normaliser"],
                 turns,
@@ -203,14 +229,19 @@ class CompressiveLayer(Layer):
         return mixed.flatten(1, 2), memory | {"written": memory["written"] + complete}
 
     def _write(
-        self, keys: Tensor, values: Tensor, memory: dict[str, Tensor], rows: Tensor, held: Tensor | None = None
+        self, keys: Tensor, values: Tensor, filled: Tensor, before: Tensor, memory: dict[str, Tensor], rows: Tensor
     ) -> dict[str, Tensor]:
-        """Writes (B, S, D) in the rows where `rows` (B,) is True; held (B, S): the tokens that are there, or all."""
+        """Writes the last `filled` (B,) of S tokens (B, S, D) in the rows where `rows` (B,) is True.
+
+        before: (B, D) the key of the token before those.
+        """
         if self.num_memories:
             turns = self._turns(memory["written"]).masked_fill(~rows, -1)
+            place = torch.arange(self.segment_length, device=keys.device) - (self.segment_length - filled[:, None])
+            if self.key_shift:
+                keys = torch.where(place[..., None] == 0, before[:, None], F.pad(keys[:, :-1], (0, 0, 1, 0)))
             k, v = (x[:, :, 0] for x in self._to_write(keys.unsqueeze(1), values.unsqueeze(1)))
-            if held is not None:
-                k = k * held[:, None, :, None]
+            k = k * (place >= 0)[:, None, :, None]
             matrix, normaliser = write(k, v, memory["matrix"], memory["normaliser"], turns, delta=self.use_delta_rule)
             memory = memory | {"matrix": matrix, "normaliser": normaliser}
         return memory | {"written": memory["written"] + rows}
@@ -222,15 +253,16 @@ class CompressiveLayer(Layer):
             return torch.full_like(segments, -1)
         return torch.tensor(open_ones, device=segments.device)[segments // self.segments_per_memory % len(open_ones)]
 
-    def _open(self, state: MemoryState, like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """The memory of a state, its pending keys and values (B, S, D), and their number (B,)."""
+    def _open(self, state: MemoryState, like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
+        """The memory, the key before the pending ones (B, D), pending keys and values (B, S, D), their number (B,)."""
         state.begin(len(like))
         held = state.tensors()
         memory = state.memory() or self._empty_memory(like)
         if "keys" not in held:
             nothing = like.new_zeros(len(like), self.segment_length, like.shape[2])
-            return memory, nothing, nothing, torch.zeros(len(like), dtype=torch.long, device=like.device)
-        return memory, held["keys"], held["values"], held["filled"]
+            none = torch.zeros(len(like), dtype=torch.long, device=like.device)
+            return memory, nothing[:, 0], nothing, nothing, none
+        return memory, held.get("before", held["keys"][:, 0]), held["keys"], held["values"], held["filled"]
 
     def _empty_memory(self, like: Tensor) -> dict[str, Tensor]:
         """Memories of zeros for the rows of `like` (B, T, D)."""
@@ -277,7 +309,7 @@ class CompressiveLayer(Layer):
         return self.num_memories * self.num_memory_heads * (d * d + d) * max(element_size, 4)
 
     def state_bytes(self, tokens: int, element_size: int) -> int:
-        pending = 2 * self.segment_length * self.hidden_size * element_size
+        pending = (2 * self.segment_length + self.key_shift) * self.hidden_size * element_size
         return self.memory_bytes(element_size) + pending + 2 * 8  # and two counts, int64
 
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -295,11 +327,12 @@ class CompressiveLayer(Layer):
         S, N, Hm, d = self.segment_length, self.num_memories, self.num_memory_heads, self.memory_head_dim
         # memory[n][h] = (M, z)
         memory = [[(q.new_zeros(d, d), q.new_zeros(d)) for _ in range(Hm)] for _ in range(N)]
+        written_by = torch.cat([torch.zeros_like(k[:1]), k[:-1]]) if self.key_shift else k
         out = []
         for number, start in enumerate(range(0, len(q), S)):
             segment = slice(start, start + S)
             local = self.attention.reference(q[segment], k[segment], v[segment])
-            queries, keys, values = (x[segment].split(d, dim=1) for x in (q, k, v))  # Hm times (n, d)
+            queries, keys, values = (x[segment].split(d, dim=1) for x in (q, written_by, v))  # Hm times (n, d)
             for t, attended in enumerate(local):
                 parts = []
                 for h, part in enumerate(attended.split(d)):

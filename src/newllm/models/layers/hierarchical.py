@@ -39,7 +39,7 @@ class HierarchicalLayer(MultiMemoryLayer):
     """
 
     variants = (
-        {"segment_length": 3, "num_memories": 2},
+        {"segment_length": 3, "num_memories": 2, "key_shift": True},
         {"segment_length": 2, "num_memories": 3, "use_delta_rule": False, "memory_head_dim": 16},
         {"segment_length": 1, "position": "none", "memory_head_dim": 32, "local": "linear"},
     )

@@ -30,6 +30,7 @@ class InfiniLayer(CompressiveLayer):
         memory_head_dim: d of the memory, which has Hm = D / d heads; default D, a single head.
         use_delta_rule: write only what the memory does not already answer.
         memory_grad: 'through' lets the gradient of what is read reach the segments that wrote it, 'detach' does not.
+        key_shift: write each value by the key of the token before it.
         num_memory_banks: N; 0 for no memory: attention within segments alone.
         segments_per_bank: segments written to a bank before it is the next one's turn.
     """
@@ -39,6 +40,14 @@ class InfiniLayer(CompressiveLayer):
         {"segment_length": 3, "use_delta_rule": False, "memory_head_dim": 16, "position": "alibi"},
         {"segment_length": 2, "num_memory_banks": 3, "segments_per_bank": 2, "local": "linear"},
         {"segment_length": 1, "num_memory_banks": 2, "segments_per_bank": 1, "use_delta_rule": False},
+        {"segment_length": 3, "key_shift": True},
+        {
+            "segment_length": 1,
+            "key_shift": True,
+            "use_delta_rule": False,
+            "num_memory_banks": 2,
+            "segments_per_bank": 1,
+        },
         {"segment_length": 5, "num_memory_banks": 0, "position": {"type": "alibi", "slopes": "geometric"}},
     )
 
@@ -54,6 +63,7 @@ class InfiniLayer(CompressiveLayer):
         memory_head_dim: int | None = None,
         use_delta_rule: bool = True,
         memory_grad: str = "through",
+        key_shift: bool = False,
         num_memory_banks: int = 1,
         segments_per_bank: int = 4,
     ) -> None:
@@ -71,6 +81,7 @@ class InfiniLayer(CompressiveLayer):
             memory_head_dim=memory_head_dim,
             use_delta_rule=use_delta_rule,
             memory_grad=memory_grad,
+            key_shift=key_shift,
         )
 
     def _make_mixer(self) -> None:

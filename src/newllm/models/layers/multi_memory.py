@@ -28,7 +28,7 @@ class MultiMemoryLayer(CompressiveLayer):
     """
 
     variants = (
-        {"segment_length": 3, "num_memories": 2},
+        {"segment_length": 3, "num_memories": 2, "key_shift": True},
         {"segment_length": 2, "num_memories": 3, "use_delta_rule": False, "memory_head_dim": 16},
         {"segment_length": 1, "position": "none", "memory_head_dim": 32, "local": "linear"},
     )
@@ -45,6 +45,7 @@ class MultiMemoryLayer(CompressiveLayer):
         memory_head_dim: int | None = None,
         use_delta_rule: bool = True,
         memory_grad: str = "through",
+        key_shift: bool = False,
         num_memories: int = 4,
     ) -> None:
         check_count("num_memories", num_memories)
@@ -60,6 +61,7 @@ class MultiMemoryLayer(CompressiveLayer):
             memory_head_dim=memory_head_dim,
             use_delta_rule=use_delta_rule,
             memory_grad=memory_grad,
+            key_shift=key_shift,
         )
 
     def mix(self, q: Tensor, found: Found) -> Tensor:
