@@ -96,8 +96,9 @@ class SelectiveLM(ManyPassesLM):
         return hidden.gather(0, chosen[None, ..., None].expand(1, *hidden.shape[1:])).squeeze(0)
 
     def gates(self, hidden: Tensor) -> Tensor:
-        """g (S + 1, B, T) float32 from hidden states (S + 1, B, T, D)."""
-        return torch.sigmoid(self.gate(hidden).squeeze(-1).float())
+        """g (S + 1, B, T), in float32 at least, from hidden states (S + 1, B, T, D)."""
+        scores = self.gate(hidden).squeeze(-1)
+        return torch.sigmoid(scores.to(torch.promote_types(scores.dtype, torch.float32)))
 
     def chosen_pass(self, gates: Tensor) -> Tensor:
         """(B, T): the first pass whose gate reaches the threshold, else the last. gates: (S + 1, B, T)."""
