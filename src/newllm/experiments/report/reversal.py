@@ -130,14 +130,13 @@ def reversal_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
 
 
 def recall_cells(summary: ModelSummary) -> list[str]:
-    """Forward and backward recall of what was told forward, its AUC and p, the ceiling, the floor, the verdict."""
+    """Forward and backward recall of what was told forward, its AUC and p; ceiling, floor, verdict."""
     return [
         _text(exact(summary, "forward", "forward"), 1),
         _text(exact(summary, "forward", "backward"), 1),
         _text(auc(summary), 3),
-        "; ".join(f"{record['groups']['forward']['backward']['p']:.2g}" for record in records(summary)),
+        _span([record["groups"]["forward"]["backward"]["p"] for record in records(summary)]),
         _text(exact(summary, "both", "backward"), 1),
-        _text(auc(summary, "both"), 3),
         _text(auc(summary, "never"), 3),
         verdict(summary),
     ]
@@ -152,6 +151,12 @@ def more_cells(summary: ModelSummary) -> list[str]:
         *(_mean((group[d]["mean_rank_pool"] for group in told), 1) for d in ("forward", "backward")),
         *(_mean((group["backward"][key] for group in told), 3) for key in ("auc_kind", "auc_pool")),
     ]
+
+
+def _span(values: list[float]) -> str:
+    """'0.21–0.77' where seeds differ."""
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    return low if low == high else f"{low}–{high}"
 
 
 def _mean(values: Any, places: int) -> str:
