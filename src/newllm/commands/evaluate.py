@@ -11,7 +11,7 @@ from newllm.commands.flags import check_config
 from newllm.commands.folders import model_folder, open_model, run_config
 from newllm.settings import RunSettings, UserError, nearest, resolve
 
-TASKS = ["perplexity", "recall", "reversal", "efficiency"]
+TASKS = ["perplexity", "recall", "reversal", "recurrence", "efficiency"]
 SPLITS = ["validation", "test"]
 
 
@@ -53,7 +53,7 @@ def evaluate(
     results: dict[str, Any] = {"model": str(folder)}
     for precision in cache_precisions or []:
         check_precision(precision)
-    if {"perplexity", "recall", "reversal"} & set(tasks):
+    if {"perplexity", "recall", "reversal", "recurrence"} & set(tasks):
         model, _ = open_model(settings)
         data = prepare(settings, print)
     if "perplexity" in tasks:
@@ -72,6 +72,10 @@ def evaluate(
         from newllm.evaluation.reversal import evaluate_reversal
 
         results["reversal"] = evaluate_reversal(model, data, settings)
+    if "recurrence" in tasks:
+        from newllm.evaluation.recurrence import recurrence_figures
+
+        results["recurrence"] = recurrence_figures(model, data.splits["test"], settings)
     if "efficiency" in tasks:
         from newllm.evaluation.efficiency import measure_all
 
@@ -106,6 +110,8 @@ def print_results(results: dict[str, Any]) -> None:
         print_recall(results["recall_across_segments"])
     if "reversal" in results:
         print_reversal(results["reversal"])
+    if "recurrence" in results:
+        print_recurrence(results["recurrence"])
     for key, value in results.get("efficiency", {}).items():
         print(f"  {key:40} {value}")
     print(json.dumps(results))
@@ -164,6 +170,18 @@ def print_reversal(reversal: dict[str, Any]) -> None:
     )
     if not reversal["told"]:
         print(f"  fewer than {reversal['needed']:.0%} are answered forward: the backward figures say nothing")
+
+
+def print_recurrence(recurrence: dict[str, Any] | None) -> None:
+    """A row for each number of parallel passes, then true recurrence."""
+    if recurrence is None:
+        print("\nrecurrence: this model feeds no state back")
+        return
+    print("\nrecurrence: on the test split, from the states of a discrete pass")
+    for row in recurrence["passes"]:
+        passes = f"{row['passes']} pass{'es' if row['passes'] > 1 else ''}"
+        print(f"  {passes:17} {row['ppl']:12.3f}   residual {row['residual']:.4f}")
+    print(f"  {'true recurrence':17} {recurrence['ppl']:12.3f}")
 
 
 def _ppl(value: float | None) -> str:

@@ -16,19 +16,25 @@ last token), so that the first token is scored like every other: each plan of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from newllm.models.recurrent import RecurrentLM
 from newllm.settings import CommonSettings, UserError
 
 if TYPE_CHECKING:
     from newllm.data import TokenFile
     from newllm.models import TransformerLM
+
+
+RECURRENT_ROWS = 8
+"""How many times as many rows a batch has for a model that reads token by token: the loop over time is what costs."""
 
 
 @dataclass(frozen=True)
@@ -99,31 +105,43 @@ class Scored:
 
 
 def score(
-    model: TransformerLM, ids: np.ndarray, spans: Spans, settings: CommonSettings, cache_precision: str | None = None
+    model: TransformerLM,
+    ids: np.ndarray,
+    spans: Spans,
+    settings: CommonSettings,
+    cache_precision: str | None = None,
+    token_losses: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Scored]:
     """The losses of all spans, batch by batch, longest first (little padding), in evaluation mode, with fresh state.
 
     A batch holds about as many tokens as eval_batch_size training windows. Shorter rows are padded on the right,
-    which a causal model cannot see. cache_precision: see `TransformerLM.token_losses`.
+    which a causal model cannot see.
+
+    cache_precision: see `TransformerLM.token_losses`. token_losses: takes its place, and may give several kinds of
+    losses (…, B, L − 1).
     """
     from newllm.training.devices import autocast, resolve_precision
 
     device = model.device
     precision = resolve_precision(settings, device)
-    options = {} if cache_precision is None else {"cache_precision": cache_precision}
+    batch_tokens = settings.eval_batch_size * settings.seq_length  # type: ignore[operator]
+    if token_losses is None and isinstance(model, RecurrentLM) and model.state_size:
+        batch_tokens *= RECURRENT_ROWS
+    options: dict[str, Any] = {} if cache_precision is None else {"cache_precision": cache_precision}
+    read = token_losses or (lambda input_ids: model.token_losses(input_ids, **options))
     length = spans.stop - spans.start
     spans, length = spans[order := np.argsort(-length, kind="stable")], length[order]
     was_training = model.training
     model.eval()
     begin = 0
     while begin < len(spans):
-        rows = max(1, settings.eval_batch_size * settings.seq_length // int(length[begin]))  # type: ignore[operator]
+        rows = max(1, batch_tokens // int(length[begin]))
         batch = spans[begin : begin + rows]
         begin += rows
         position = batch.start[:, None] + np.arange((batch.stop - batch.start).max())  # (B, L)
         input_ids = np.asarray(ids[np.minimum(position, len(ids) - 1)]).astype(np.int64)
         with torch.no_grad(), autocast(device, precision):
-            losses = model.token_losses(torch.from_numpy(input_ids).to(device), **options)  # (B, L - 1)
+            losses = read(torch.from_numpy(input_ids).to(device))  # (B, L - 1)
         target = position[:, 1:]
         mask = (target >= batch.first[:, None]) & (target < batch.stop[:, None])
         yield Scored(losses.double().cpu().numpy(), mask, input_ids)
@@ -132,7 +150,7 @@ def score(
 
 def token_weighted_loss(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) -> float:
     """Mean loss in nats per token over contiguous windows: the validation loss, equal to `evaluate`'s "loss"."""
-    return _mean_loss(model, tokens.ids, _contiguous(tokens, settings), settings)
+    return _mean_loss(model, tokens.ids, contiguous(tokens, settings), settings)
 
 
 def evaluate(
@@ -147,7 +165,7 @@ def evaluate(
     "ppl_by_position" counts from the input at which a prediction is made: 0 sees one token. It is taken over windows of
     position_window tokens, so that it may go beyond what training showed.
     """
-    spans = _contiguous(tokens, settings)
+    spans = contiguous(tokens, settings)
     total, count = 0.0, 0
     recall_total, recall_count = np.zeros(2), np.zeros(2, dtype=np.int64)
     for batch in score(model, tokens.ids, spans, settings, cache_precision):
@@ -232,7 +250,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if not loss > 709 else math.inf
 
 
-def _contiguous(tokens: TokenFile, settings: CommonSettings) -> Spans:
+def contiguous(tokens: TokenFile, settings: CommonSettings) -> Spans:
     assert settings.seq_length is not None
     return limit(contiguous_spans(len(tokens.ids), settings.seq_length), settings.eval_tokens)
 

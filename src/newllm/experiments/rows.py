@@ -17,6 +17,7 @@ from newllm.evaluation.checks import check_as_trained, check_model, is_causal
 from newllm.evaluation.memories import memory_figures
 from newllm.evaluation.perplexity import evaluate, perplexity
 from newllm.evaluation.recall import evaluate_recall
+from newllm.evaluation.recurrence import recurrence_figures
 from newllm.evaluation.reversal import evaluate_reversal
 from newllm.models import TransformerLM, load_model
 from newllm.models.layers.base import create_layer
@@ -64,6 +65,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         **({"recall_across_segments": evaluate_recall(model, data, settings)} if settings.recall_share else {}),
         **({"reversal": evaluate_reversal(model, data, settings)} if settings.reversal_share else {}),
         "memories": memory_figures(model, test, settings),
+        "recurrence": recurrence_figures(model, test, settings),
         "checks": [dataclasses.asdict(check) for check in checks],
         "valid": is_causal(checks),
         "ppl_band": ppl_band(result["ppl"], test.num_bytes / len(test.ids)),

@@ -212,9 +212,13 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         """
         if cache_precision is not None:
             inputs["past_key_values"] = self.make_cache(cache_precision)
-        hidden = self.hidden_states(input_ids, **inputs)[:, :-1]
-        nats = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, input_ids[:, 1:].flatten(), "none")
-        return nats.view(hidden.shape[:2])
+        return self.losses_of(self.hidden_states(input_ids, **inputs), input_ids)
+
+    def losses_of(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """`token_losses` from final hidden states (B, T, D)."""
+        targets = input_ids[:, 1:]
+        nats = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, targets.flatten(), "none")
+        return nats.view(targets.shape)
 
     def reconstruction(self) -> Reconstruction | None:
         """The first phase of training, for a model with layers that have one."""

@@ -14,6 +14,7 @@ from newllm.experiments.report import words
 from newllm.experiments.report.memories import memories_section
 from newllm.experiments.report.plots import all_plots, position_estimates
 from newllm.experiments.report.recall import recall_plots, recall_section
+from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
 from newllm.experiments.report.reversal import reversal_plots, reversal_section
 from newllm.experiments.results import (
     ModelSummary,
@@ -60,7 +61,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
     from plotly.offline import get_plotlyjs
 
     figures = all_plots(summaries) | {name: plot for name, plot in recall_plots(summaries).items() if plot}
-    figures |= reversal_plots(summaries)
+    figures |= reversal_plots(summaries) | recurrence_plots(summaries)
     browser_data = {
         "models": [{"name": s.model, "baseline": s.is_baseline, "valid": s.valid} for s in summaries],
         "figures": figures,
@@ -81,6 +82,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
         "positions": position_table(summaries),
         "recall": recall_section(summaries),
         "reversal": reversal_section(summaries),
+        "recurrence": recurrence_section(summaries),
         "memories": memories_section(summaries),
         "check_names": check_names,
         "checks": [check_row(summary, check_names) for summary in summaries],

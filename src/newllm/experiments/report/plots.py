@@ -27,7 +27,7 @@ def trace(model: int, role: str, x: list, y: list, **options: Any) -> dict[str, 
     return {"type": "scatter", "x": x, "y": y, "meta": {"model": model, "role": role}, "showlegend": False, **options}
 
 
-def _error(estimates: list[Estimate]) -> dict[str, Any]:
+def error_bars(estimates: list[Estimate]) -> dict[str, Any]:
     return {"type": "data", "array": [e.half_width or 0 for e in estimates], "visible": True}
 
 
@@ -60,7 +60,7 @@ def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
             traces.append(
                 trace(model, "seed", list(seeds.values()), [place] * len(seeds), text=per_seed, hoverinfo="text")
             )
-        traces.append(trace(model, "mean", [value.mean], [place], error_x=_error([value]), hovertemplate=hover))
+        traces.append(trace(model, "mean", [value.mean], [place], error_x=error_bars([value]), hovertemplate=hover))
     baseline = next((s for s in shown if s.is_baseline), None)
     line = [{"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}] if baseline and len(shown) > 1 else []
     for shape in line:
@@ -104,7 +104,7 @@ def cache_plot(summaries: list[ModelSummary]) -> Figure | None:
                 "point",
                 x,
                 [value.mean],
-                error_y=_error([value]),
+                error_y=error_bars([value]),
                 text=[label(summary.model, LABEL_WIDTH)],
                 hovertemplate=hover,
             )
@@ -121,7 +121,7 @@ def cache_plot(summaries: list[ModelSummary]) -> Figure | None:
     return {"data": traces, "layout": layout}
 
 
-def _curves(summary: ModelSummary, kind: str) -> dict[float, list[float]]:
+def curves(summary: ModelSummary, kind: str) -> dict[float, list[float]]:
     """{tokens: values over the seeds}, at the points that every seed has reached."""
     points: dict[float, list[float]] = {}
     curves = [row.get("curve") or [] for row in summary.rows]
@@ -132,7 +132,7 @@ def _curves(summary: ModelSummary, kind: str) -> dict[float, list[float]]:
     return {tokens: losses for tokens, losses in sorted(points.items()) if len(losses) == with_kind}
 
 
-def _thin_out(points: dict[float, list[float]]) -> tuple[list[float], list[float]]:
+def thin_out(points: dict[float, list[float]]) -> tuple[list[float], list[float]]:
     """At most MAX_POINTS means of neighbouring points."""
     items = [(tokens, fmean(losses)) for tokens, losses in points.items()]
     size = math.ceil(len(items) / MAX_POINTS) or 1
@@ -144,10 +144,10 @@ def loss_plot(summaries: list[ModelSummary]) -> Figure | None:
     """Training loss thin, validation loss bold; with seeds their mean, and the validation range as a band."""
     traces, early_losses, lowest = [], [], []
     for i, summary in enumerate(summaries):
-        validation, training = _curves(summary, "val_loss"), _curves(summary, "train_loss")
+        validation, training = curves(summary, "val_loss"), curves(summary, "train_loss")
         hover = f"<b>{label(summary.model)}</b>, %{{x:,.0f}} tokens<br>%{{y:.3f}} nats<extra></extra>"
         if training:
-            x, y = _thin_out(training)
+            x, y = thin_out(training)
             traces.append(trace(i, "train", x, y, mode="lines", hoverinfo="skip"))
             if summary.valid:
                 lowest.append(min(y))
@@ -200,7 +200,7 @@ def position_plots(summaries: list[ModelSummary]) -> tuple[Figure | None, Figure
         hover = f"<b>{label(summary.model)}</b>, tokens %{{x}}<br>%{{y:.2f}}<extra></extra>"
         x, values = list(ranges), list(ranges.values())
         y = [value.mean for value in values]
-        absolute.append(trace(i, "line", x, y, mode="lines+markers", error_y=_error(values), hovertemplate=hover))
+        absolute.append(trace(i, "line", x, y, mode="lines+markers", error_y=error_bars(values), hovertemplate=hover))
         if baseline is None or not summary.valid:
             continue
         theirs = _by_position(baseline)
@@ -209,7 +209,7 @@ def position_plots(summaries: list[ModelSummary]) -> tuple[Figure | None, Figure
         x, values = list(differences), list(differences.values())
         y = [value.mean for value in values]
         hover = hover.replace("%{y:.2f}", "%{y:+.1f} %")
-        relative.append(trace(i, "line", x, y, mode="lines+markers", error_y=_error(values), hovertemplate=hover))
+        relative.append(trace(i, "line", x, y, mode="lines+markers", error_y=error_bars(values), hovertemplate=hover))
     axis = {"title": {"text": "position in the window, tokens"}, "type": "category"}
     first = {"xaxis": axis, "yaxis": {"title": {"text": "perplexity (log scale)"}, "type": "log", "nticks": 6}}
     second = {"xaxis": axis, "yaxis": {"title": {"text": "difference to the baseline, %"}, "zeroline": True}}

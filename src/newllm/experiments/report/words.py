@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
-from newllm.experiments.report import recall, reversal
+from newllm.experiments.report import recall, recurrence, reversal
 from newllm.experiments.results import (
     ModelSummary,
     Results,
@@ -75,6 +75,7 @@ def findings(results: Results, summaries: list[ModelSummary]) -> list[tuple[str,
         ("Memory", _memory(results, shown)),
         ("Recall", _recall(shown)),
         ("Reversal", _reversal(shown)),
+        ("Recurrence", _recurrence(shown)),
         ("Speed", _speed(results, shown)),
         ("Checks", _checks(results, summaries)),
         ("How sure", _certainty(summaries, shown)),
@@ -153,6 +154,21 @@ def _reversal(shown: list[ModelSummary]) -> str:
         groups.setdefault(reversal.verdict(summary), []).append(f"{summary.model} (forward {told} %, AUC {auc})")
     said = " ".join(f"{capitalised(what)}: {join(models)}." for what, models in groups.items())
     return f"Facts told in one direction and asked in the other, where an AUC of 0.5 is guessing. {said}"
+
+
+def _recurrence(shown: list[ModelSummary]) -> str:
+    """What states of a discrete pass make of a model that feeds a state back, beside what it is by itself."""
+    said = []
+    for summary in recurrence.measured(shown):
+        first, truth = next(iter(recurrence.after(summary).values()), None), recurrence.true(summary)
+        if first and truth:
+            said.append(f"{summary.model} {number(first.mean, 2)} and {number(truth.mean, 2)}")
+    if not said:
+        return ""
+    return (
+        "Perplexity with states of a discrete pass, and by true recurrence, which is the one that counts: "
+        f"{'; '.join(said)}."
+    )
 
 
 def _speed(results: Results, shown: list[ModelSummary]) -> str:
