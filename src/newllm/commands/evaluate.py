@@ -46,6 +46,7 @@ def evaluate(
     from newllm.evaluation.bands import ppl_band
     from newllm.evaluation.cache_precision import compare_precisions
     from newllm.evaluation.perplexity import evaluate as evaluate_perplexity
+    from newllm.evaluation.selective import selective_figures
     from newllm.models.cache import check_precision
 
     settings = resolve(settings)
@@ -64,6 +65,8 @@ def evaluate(
             results |= {split: evaluate_perplexity(model, tokens, settings) for split, tokens in splits.items()}
             for split, tokens in splits.items():
                 results[split]["band"] = ppl_band(results[split]["ppl"], tokens.num_bytes / len(tokens.ids))
+                if figures := selective_figures(model, tokens, settings):
+                    results[split]["selective"] = figures
     if "recall" in tasks:
         from newllm.evaluation.recall import evaluate_recall
 
@@ -104,6 +107,11 @@ def print_results(results: dict[str, Any]) -> None:
             "repeated bigrams": f"{_ppl(recall['repeated'])} on {recall['repeated_share']:.1%} of the tokens, "
             f"{_ppl(recall['other'])} on the rest",
         }
+        if selective := result.get("selective"):
+            lines["weighted by gates"] = (
+                f"{selective['weighted_ppl']:.3f}, with {selective['weight']:.1%} of the tokens' weight: no result to "
+                "compare"
+            )
         for label, text in lines.items():
             print(f"  {label:17} {text}")
     if "recall_across_segments" in results:

@@ -19,6 +19,7 @@ from newllm.evaluation.perplexity import evaluate, perplexity
 from newllm.evaluation.recall import evaluate_recall
 from newllm.evaluation.recurrence import recurrence_figures
 from newllm.evaluation.reversal import evaluate_reversal
+from newllm.evaluation.selective import selective_figures
 from newllm.models import TransformerLM, load_model
 from newllm.models.layers.base import create_layer
 from newllm.settings import RunSettings
@@ -66,6 +67,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         **({"reversal": evaluate_reversal(model, data, settings)} if settings.reversal_share else {}),
         "memories": memory_figures(model, test, settings),
         "recurrence": recurrence_figures(model, test, settings),
+        "selective": selective_figures(model, test, settings),
         "checks": [dataclasses.asdict(check) for check in checks],
         "valid": is_causal(checks),
         "ppl_band": ppl_band(result["ppl"], test.num_bytes / len(test.ids)),

@@ -16,6 +16,7 @@ from newllm.experiments.report.plots import all_plots, position_estimates
 from newllm.experiments.report.recall import recall_plots, recall_section
 from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
 from newllm.experiments.report.reversal import reversal_plots, reversal_section
+from newllm.experiments.report.selective import selective_section
 from newllm.experiments.results import (
     ModelSummary,
     Results,
@@ -83,6 +84,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
         "recall": recall_section(summaries),
         "reversal": reversal_section(summaries),
         "recurrence": recurrence_section(summaries),
+        "selective": selective_section(summaries),
         "memories": memories_section(summaries),
         "check_names": check_names,
         "checks": [check_row(summary, check_names) for summary in summaries],
