@@ -119,7 +119,7 @@ def write_dataset(folder, *, train_tasks=6, steps=48, noise_free=False, environm
         "reward_scale": 1.5,
         "tasks": tasks,
         "histories": files,
-        "settings": collect_values(settings),
+        "collect": collect_values(settings),
     }
     (folder / "metadata.json").write_text(json.dumps(metadata))
     return folder

@@ -76,7 +76,7 @@ def _control_histories(folder: Path) -> Path:
     from newllm.vintix.collect import collect as run
     from newllm.vintix.data import read_metadata
 
-    values = read_metadata(folder)["settings"]
+    values = read_metadata(folder)["collect"]
     control = folder.with_name(folder.name + CONTROL)
     run(CollectSettings(**values | {"noise_free_share": 1.0}), control)
     return control
