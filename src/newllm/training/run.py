@@ -2,6 +2,7 @@
 
 A model with a first phase (`models/reconstruction.py`) is trained twice, in the same way: the first time on that
 phase's loss, in a folder inside the run folder, and then as a language model with the first phase's parameters frozen.
+A diverse projection has a first phase of another kind (`training/projection.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors.torch import load_model as load_weights
 from newllm.data.tasks import TASKS, WithTasks, stack_windows, task_shares, training_tasks
 from newllm.data.windows import StreamDataset, TaskDataset, WindowDataset
 from newllm.models import TransformerLM, create_model
+from newllm.models.projection import DProjLM
 from newllm.models.reconstruction import Reconstruction
 from newllm.settings import CommonSettings, RunSettings, UserError
 from newllm.training.callbacks import MetricsCallback, ProgressCallback, Schedule, TrainProgress, out_of_patience
@@ -35,6 +37,7 @@ from newllm.training.checkpoints import (
 )
 from newllm.training.devices import set_threads
 from newllm.training.lagged_store import remove_states
+from newllm.training.projection import PROJECTION, ProjectionResult, train_projection
 from newllm.training.suitability import check_suitability
 from newllm.training.trainer import WEIGHTS, LMTrainer, read_state, training_arguments
 
@@ -87,7 +90,8 @@ def train(
 
     folder receives config.yaml, metrics.jsonl, model/ (best weights by validation loss, tokenizer) and, in
     result.json under "training", the returned result; a second call returns that. settings must be resolved.
-    Of a first phase: reconstruction/metrics.jsonl, and under "reconstruction" what "training" says of the second.
+    Of a first phase: reconstruction/metrics.jsonl, and under "reconstruction" what "training" says of the second; or
+    projection/metrics.jsonl, and under "projection" a ProjectionResult.
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
 
     With settings.streaming the training text is read as streams (`data.windows.StreamDataset`). Validation is by
@@ -102,7 +106,7 @@ def train(
             results = _train(settings, data, tasks, folder, on_progress)
             result |= {phase: asdict(phase_result) for phase, phase_result in results.items()}
             write_result(folder, result)
-        for place in filter(Path.is_dir, (folder, folder / RECONSTRUCTION)):
+        for place in filter(Path.is_dir, (folder, folder / RECONSTRUCTION, folder / PROJECTION)):
             remove_except(place, set())
         remove_states(folder)
     return TrainResult(**result["training"])
@@ -114,7 +118,7 @@ def _train(
     tasks: list[TaskDataset],
     folder: Path,
     on_progress: Callable[[TrainProgress], None] | None,
-) -> dict[str, TrainResult]:
+) -> dict[str, TrainResult | ProjectionResult]:
     """All phases, and model/; the result of each phase by its name in result.json."""
     transformers.utils.logging.disable_progress_bar()
     set_threads(settings)
@@ -123,7 +127,10 @@ def _train(
     transformers.set_seed(settings.seed)
     model = new_model(settings, data)
     use_cache = model.config.use_cache
-    results = {}
+    results: dict[str, TrainResult | ProjectionResult] = {}
+    if isinstance(model, DProjLM):
+        projected = train_projection(model, settings, data, folder / PROJECTION, on_progress)
+        results |= {} if projected is None else {PROJECTION: projected}
     first = model.reconstruction()
     if first is not None:
         first.freeze_the_rest()
