@@ -46,7 +46,7 @@ class History:
 def write_history(path: Path, history: History, group_steps: int) -> None:
     """Writes one history file."""
     columns = dict(zip(KEYS, (history.observation, history.action, history.reward, history.step_num), strict=True))
-    with require("h5py").File(path, "w") as file:
+    with require("h5py").File(path, "w", libver="latest") as file:  # whose headers have checksums
         for first in range(0, len(history), group_steps):
             last = min(first + group_steps, len(history)) - 1
             group = file.create_group(f"{first}-{last}")
@@ -60,19 +60,17 @@ def read_history(path: Path, steps: int, observation_size: int, action_size: int
     try:
         with h5py.File(path, "r") as file:
             names = sorted(file, key=_first_step)
-            ends = [_first_step(name) for name in names[1:]] + [steps]
-            parts = []
-            for name, end in zip(names, ends, strict=True):
-                if name != f"{_first_step(name)}-{end - 1}":
-                    raise UserError(f"{path}: incomplete: steps are missing at group '{name}'; {_AGAIN}")
-                parts.append({key: file[name][key][:] for key in KEYS})
+            parts = [{key: file[name][key][:] for key in KEYS} for name in names]
+        firsts = [_first_step(name) for name in names]
+        columns = {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {_AGAIN}") from None
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError) as error:  # each kind of damage shows in its own way
         raise UserError(f"{path}: broken: {error}; {_AGAIN}") from None
-    if not parts or _first_step(names[0]) != 0:
-        raise UserError(f"{path}: incomplete: its first steps are missing; {_AGAIN}")
-    columns = {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
+    if names != [f"{first}-{end - 1}" for first, end in zip([0, *firsts[1:]], [*firsts[1:], steps], strict=True)]:
+        raise UserError(
+            f"{path}: incomplete: steps are missing between those of the groups {', '.join(names)}; {_AGAIN}"
+        )
     shapes = dict(zip(KEYS, ((steps, observation_size), (steps, action_size), (steps,), (steps,)), strict=True))
     for key, shape in shapes.items():
         if columns[key].shape != shape:

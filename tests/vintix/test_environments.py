@@ -1,0 +1,188 @@
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from newllm.settings import UserError
+from newllm.vintix.collect import mean_score, measure
+from newllm.vintix.environments import family_names, from_spec, regions, task_family
+from newllm.vintix.settings import CollectSettings
+
+HIDDEN = ("point_reacher", "reacher", "pendulum")
+
+
+def family_of(name, **values):
+    tasks = {"train_tasks": 4, "validation_tasks": 3, "test_tasks": 3}
+    return task_family(CollectSettings(environment=name, **(tasks | values)))
+
+
+def played(env, seed, steps=30):
+    """Observations (steps + 1, n, do), rewards and ends (steps, n) under actions that depend on the step alone."""
+    chance = np.random.default_rng(0)
+    low, high = env.single_action_space.low, env.single_action_space.high
+    observations, rewards, ends = [env.reset(seed=seed)[0]], [], []
+    for _ in range(steps):
+        action = np.tile(chance.uniform(low, high), (env.num_envs, 1)).astype(np.float32)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        observations.append(observation)
+        rewards.append(reward.copy())
+        ends.append(terminated | truncated)
+    return np.stack(observations), np.stack(rewards), np.stack(ends)
+
+
+def test_an_unknown_environment_is_named_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'point_reacher'"):
+        family_of("point_reachr")
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_a_family_is_made_again_from_its_description(name):
+    family = family_of(name)
+    again = from_spec(json.loads(json.dumps(family.spec())))
+    assert np.array_equal(again.parameters, family.parameters)
+    assert [len(again.task_ids(split)) for split in ("train", "validation", "test")] == [4, 3, 3]
+    ids = np.concatenate([family.task_ids(split) for split in ("train", "validation", "test")])
+    assert np.array_equal(ids, np.arange(len(family.parameters)))
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_test_tasks_do_not_change_with_the_number_of_training_tasks(name):
+    few, many = family_of(name), family_of(name, train_tasks=9)
+    assert np.array_equal(few.parameters[few.task_ids("test")], many.parameters[many.task_ids("test")])
+
+
+@given(
+    seed=st.integers(0, 10**6), sectors=st.sampled_from([8, 16]), every=st.integers(2, 4), margin=st.floats(0.1, 0.4)
+)
+def test_goals_for_tests_keep_a_distance_from_those_for_training(seed, sectors, every, margin):
+    options = {"sectors": sectors, "held_out_every": every, "margin": margin, "goal_radius": [0.7, 1.0]}
+    train, test = (regions.ring(held_out, 200, np.random.default_rng(seed), options) for held_out in (False, True))
+    nearest = np.linalg.norm(train[:, None] - test[None], axis=-1).min()
+    assert nearest >= 2 * 0.7 * np.sin(margin * np.pi / sectors) - 1e-9
+    for goals in (train, test):
+        radius = np.linalg.norm(goals, axis=1)
+        assert (radius >= 0.7).all()
+        assert (radius <= 1.0).all()
+
+
+@given(seed=st.integers(0, 10**6), bins=st.integers(2, 4), every=st.integers(2, 4), margin=st.floats(0.1, 0.4))
+def test_parameters_for_tests_keep_a_distance_from_those_for_training(seed, bins, every, margin):
+    options = {"ranges": [[6, 14], [0.5, 1.5], [1, 2]], "bins": bins, "held_out_every": every, "margin": margin}
+    train, test = (regions.cells(held_out, 200, np.random.default_rng(seed), options) for held_out in (False, True))
+    width = np.array([8, 1, 1]) / bins
+    apart = (np.abs(train[:, None] - test[None]) / width).max(axis=-1)
+    assert apart.min() >= margin - 1e-9
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_the_gymnasium_api(name):
+    family = family_of(name)
+    env = family.make(family.task_ids("test"), 0)
+    assert env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    assert env.num_envs == 3
+    assert env.single_observation_space.shape == (family.observation_size,)
+    observation, _ = env.reset(seed=1)
+    demonstrator = family.demonstrator(family.task_ids("test"))
+    for step in range(family.episode_length):
+        assert observation in env.observation_space
+        action = demonstrator(observation)
+        assert action.shape == (3, family.action_size)
+        assert (action >= family.action_low).all()
+        assert (action <= family.action_high).all()
+        observation, reward, terminated, truncated, info = env.step(action.astype(np.float32))
+        assert reward.shape == terminated.shape == truncated.shape == (3,)
+        assert not terminated.any()  # no demonstrator lets the pole fall
+        assert truncated.all() == (step == family.episode_length - 1)
+    assert "final_obs" in info
+    assert not np.array_equal(np.stack(list(info["final_obs"])), observation)
+    env.close()
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_episodes_begin_as_the_seed_says(name):
+    family = family_of(name)
+    env = family.make(family.task_ids("train"), 0)
+    first, again, other = played(env, 5), played(env, 5), played(env, 6)
+    assert np.array_equal(first[0], again[0])
+    assert np.array_equal(first[1], again[1])
+    assert not np.array_equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("name", ["point_reacher", "reacher"])
+def test_only_the_reward_tells_where_the_goal_is(name):
+    family = family_of(name)
+    tasks = [family.make(family.task_ids("train")[[index]], 0) for index in (0, 1)]
+    (one, reward, _), (two, other_reward, _) = (played(env, 3) for env in tasks)
+    assert np.array_equal(one, two)
+    assert not np.allclose(reward, other_reward)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_tasks_in_a_vector_do_not_see_each_other(name):
+    family = family_of(name)
+    ids = family.task_ids("train")
+    together = played(family.make(ids[[0, 1]], 0), 3)
+    beside_another = played(family.make(ids[[0, 2]], 0), 3)
+    assert np.array_equal(together[0][:, 0], beside_another[0][:, 0])
+    assert np.array_equal(together[1][:, 0], beside_another[1][:, 0])
+
+
+def test_the_point_reacher_pays_only_at_the_end_of_an_episode():
+    family = family_of("point_reacher")
+    _, rewards, ends = played(family.make(family.task_ids("train"), 0), 0, steps=2 * family.episode_length)
+    paid = family.options["paid_steps"]
+    episodes = rewards.reshape(2, family.episode_length, -1)
+    assert (episodes[:, :-paid] == 0).all()
+    assert (episodes[:, -paid:] != 0).all()
+    assert np.flatnonzero(ends[:, 0]).tolist() == [family.episode_length - 1, 2 * family.episode_length - 1]
+
+
+def test_the_reward_of_the_point_reacher_is_that_of_the_position_observed_with_it():
+    family = family_of("point_reacher")
+    ids = family.task_ids("train")
+    observations, rewards, _ = played(family.make(ids, 0), 0, steps=family.episode_length - 1)
+    distance = np.linalg.norm(observations[-1, :, :2] - family.parameters[ids], axis=1)
+    assert np.allclose(rewards[-1], 1 - distance / family.options["goal_radius"][1], atol=1e-6)
+
+
+def test_the_reacher_is_gymnasiums_without_its_goal():
+    family = family_of("reacher")
+    ours = family.make(family.task_ids("train")[:1], 0)
+    theirs = gymnasium.make("Reacher-v5", reward_control_weight=family.options["reward_control_weight"])
+    theirs.reset(seed=0)
+    ours.reset(seed=0)
+    arm = ours.envs[0].unwrapped
+    theirs.unwrapped.set_state(arm.data.qpos.copy(), arm.data.qvel.copy())
+    for action in np.random.default_rng(0).uniform(-1, 1, (10, 2)).astype(np.float32):
+        observation, reward, *_ = ours.step(action[None])
+        expected, expected_reward, *_ = theirs.step(action)
+        assert np.allclose(observation[0], expected[[0, 1, 2, 3, 6, 7]], atol=1e-5)
+        assert np.allclose(expected[4:6], family.parameters[0])
+        assert np.isclose(reward[0], expected_reward)
+
+
+def test_the_plain_pendulum_is_gymnasiums():
+    ours, theirs = family_of("plain_pendulum").make(np.arange(1), 0), gymnasium.make("Pendulum-v1")
+    assert np.array_equal(ours.reset(seed=4)[0][0], theirs.reset(seed=4)[0])
+    for action in np.random.default_rng(0).uniform(-2, 2, (20, 1)).astype(np.float32):
+        observation, reward, *_ = ours.step(action[None])
+        expected, expected_reward, *_ = theirs.step(action)
+        assert np.allclose(observation[0], expected)
+        assert np.isclose(reward[0], expected_reward)
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_demonstrators_play_far_better_than_chance(name):
+    family = family_of(name)
+    settings = CollectSettings(environment=name, score_episodes=3)
+    for task in measure(family, "test", settings):
+        assert task["demonstrator"] > task["random"] + 0.3 * abs(task["random"])
+
+
+def test_who_does_not_learn_the_goal_scores_next_to_nothing():
+    family = family_of("point_reacher", test_tasks=64)
+    assert mean_score(measure(family, "test", CollectSettings()), "blind") <= 0.15
