@@ -61,14 +61,19 @@ def test_what_gpt_neox_cannot_express_is_refused(options):
         to_gpt_neox(model)
 
 
-def test_a_sequential_gpt_neox_is_refused():
+def test_a_sequential_residual_goes_there_and_back():
     config = GPTNeoXConfig(
         vocab_size=50,
         hidden_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
         use_parallel_residual=False,
     )
-    with pytest.raises(UserError, match="use_parallel_residual"):
-        from_gpt_neox(GPTNeoXForCausalLM(config))
+    theirs = GPTNeoXForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    ours = from_gpt_neox(theirs)
+    ids = torch.randint(50, (2, 20))
+    assert max_logit_difference(ours, theirs, ids) <= 1e-5
+    assert max_logit_difference(ours, to_gpt_neox(ours), ids) <= 1e-5

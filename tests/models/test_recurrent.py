@@ -16,7 +16,8 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 def make(name, dtype=torch.float64):
     model = toy() if name == "toy" else create_model(name, **SHAPE | {"num_layers": 3})
-    return lively(model).to(dtype).eval()
+    # Without layers nothing is normalised, and with large weights rounding grows from token to token.
+    return (lively(model) if model.layers else model).to(dtype).eval()
 
 
 def places(ids, mask=None):

@@ -1,5 +1,6 @@
 """Models: layers of any registered type in a Hugging Face language model."""
 
+from newllm.models.context import ContextLM, ContextPythiaLM, ContextVectorLM
 from newllm.models.continuous import ContinuousLM
 from newllm.models.factory import (
     check_model_spec,
@@ -17,6 +18,9 @@ from newllm.models.selective import SelectiveLM
 from newllm.models.transformer import TransformerLM
 
 __all__ = [
+    "ContextLM",
+    "ContextPythiaLM",
+    "ContextVectorLM",
     "ContinuousLM",
     "DProjLM",
     "SelectiveLM",

@@ -34,6 +34,8 @@ def preset_names() -> list[str]:
 def load_preset(name: str) -> dict[str, Any]:
     """`about` and `layers` of a preset, and `architecture` and `options` of the model where it has them.
 
+    The last of the layers is repeated, up to those of `last`, which then stand at the end; a model may have none.
+
     The name of a layer type stands for a model of such layers alone. Raises UserError for an unknown name, naming the
     nearest valid one.
     """
@@ -92,10 +94,11 @@ def model_config(
     preset = load_preset(name)
     config_class = architecture(preset.get("architecture", "transformer")).config_class
     options = preset.get("options", {}) | options
-    specs = preset["layers"]
-    if len(specs) > num_layers:
-        raise UserError(f"preset '{name}' has {len(specs)} different layers: num_layers must be at least that many")
-    specs = specs + [specs[-1]] * (num_layers - len(specs))
+    specs, last = preset["layers"], preset.get("last", [])
+    different = len(specs) + len(last)
+    if different > num_layers:
+        raise UserError(f"preset '{name}' has {different} different layers: num_layers must be at least that many")
+    specs = specs + specs[-1:] * (num_layers - different) + last
     shape = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
     layer_options = {key: value for key, value in options.items() if key not in config_class.option_names()}
     accepted = {option for spec in specs for option in layer_type(spec["type"]).option_names()}

@@ -30,10 +30,10 @@ _MODEL = {
 def from_gpt_neox(model: GPTNeoXForCausalLM) -> TransformerLM:
     """The same model as layers of type 'pythia': equal logits, weights copied.
 
-    Raises UserError for a variant that PythiaLayer is not: sequential residual, no attention bias, other activations.
+    Raises UserError for a variant that PythiaLayer is not: no attention bias, other activations.
     """
     theirs = model.config
-    expected = {"use_parallel_residual": True, "attention_bias": True, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+    expected = {"attention_bias": True, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
     for name, value in expected.items():
         if getattr(theirs, name) != value:
             raise UserError(f"cannot convert GPT-NeoX with {name}={getattr(theirs, name)}: only {name}={value}")
@@ -48,6 +48,7 @@ def from_gpt_neox(model: GPTNeoXForCausalLM) -> TransformerLM:
         intermediate_size=theirs.intermediate_size,
         vocab_size=theirs.vocab_size,
         position={"type": "rope", "fraction": rope["partial_rotary_factor"], "base": float(rope["rope_theta"])},
+        parallel_residual=theirs.use_parallel_residual,
         tie_word_embeddings=theirs.tie_word_embeddings,
         bos_token_id=theirs.bos_token_id,
         eos_token_id=theirs.eos_token_id,
@@ -82,6 +83,7 @@ def to_gpt_neox(model: TransformerLM) -> GPTNeoXForCausalLM:
             "rope_theta": position["base"],
             "partial_rotary_factor": position["fraction"],
         },
+        use_parallel_residual=first["parallel_residual"],
         tie_word_embeddings=model.config.tie_word_embeddings,
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id,

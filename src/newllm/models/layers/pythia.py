@@ -19,6 +19,8 @@ from newllm.settings import UserError
 class PythiaLayer(Layer):
     """x + attention(ln1 x) + mlp(ln2 x): pre-LayerNorm with a parallel residual, as in Pythia (arXiv 2304.01373).
 
+    With `parallel_residual` false it is GPT-2's block: y = x + attention(ln1 x), then y + mlp(ln2 y).
+
     Args:
         hidden_size: D, the width of the residual stream.
         num_heads: H query heads of size d = D / H.
@@ -27,6 +29,7 @@ class PythiaLayer(Layer):
             (arXiv 2305.13245), 1 is multi-query attention (arXiv 1911.02150). Default H.
         position: 'rope', 'alibi', 'none', or a dict with options, see `positions`.
         window: tokens a query sees, itself included (sliding-window attention, arXiv 1904.10509); None for all.
+        parallel_residual: whether attention and MLP read the same, or the MLP what attention has added to.
     """
 
     variants: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -34,7 +37,7 @@ class PythiaLayer(Layer):
         {"num_kv_heads": 1, "position": "alibi"},
         {"position": {"type": "alibi", "slopes": "geometric"}, "window": 1},
         {"position": {"type": "rope", "fraction": 1.0}, "window": 7},
-        {"position": "none"},
+        {"position": "none", "parallel_residual": False},
     )
 
     def __init__(
@@ -46,6 +49,7 @@ class PythiaLayer(Layer):
         num_kv_heads: int | None = None,
         position: str | dict[str, Any] = "rope",
         window: int | None = None,
+        parallel_residual: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (("num_kv_heads", num_kv_heads), ("window", window)):
@@ -56,9 +60,12 @@ class PythiaLayer(Layer):
             raise UserError(f"hidden_size {hidden_size} does not divide into num_heads {num_heads}")
         if num_heads % num_kv_heads:
             raise UserError(f"num_kv_heads {num_kv_heads} is no divisor of num_heads {num_heads}")
+        if type(parallel_residual) is not bool:
+            raise UserError(f"parallel_residual is {parallel_residual!r}: it must be true or false")
         self.position = create_position(position)
         self._arguments |= {"num_kv_heads": num_kv_heads, "position": position_spec(self.position)}
         self.num_heads, self.num_kv_heads, self.window = num_heads, num_kv_heads, window
+        self.parallel_residual = parallel_residual
         self.norm_attention = nn.LayerNorm(hidden_size)
         self.norm_mlp = nn.LayerNorm(hidden_size)
         self._make_projections(hidden_size, hidden_size // num_heads, hidden_size // num_heads)
@@ -91,7 +98,8 @@ class PythiaLayer(Layer):
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Output projection of the mixed values (B, H, T, dv), MLP, and the residual."""
-        return x + self.out(mixed.transpose(1, 2).flatten(2)) + self.mlp(self.norm_mlp(x))
+        y = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return y + self.mlp(self.norm_mlp(x if self.parallel_residual else y))
 
     def make_state(self) -> KeyValueState:
         return KeyValueState(window=self.window)

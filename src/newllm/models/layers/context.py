@@ -1,0 +1,181 @@
+"""ContextLayer: in place of attention, context vectors that every token moves on (SYSTEMS §7)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization
+
+from newllm.models.cache import RecurrentState
+from newllm.models.context_cell import SCALES, ContextCell, scales_of
+from newllm.models.layers.base import MLP, Layer, register_layer
+from newllm.models.linear import Linear
+from newllm.settings import UserError
+
+
+@register_layer("context")
+class ContextLayer(Layer):
+    """y = x + W_o (SiLU(o) ⊙ LayerNorm(Σ_k u_k c_k)), then y + mlp(ln2 y): a recurrence where attention would be.
+
+    The K contexts c_t = f(c_{t−1}, h_t), see `ContextCell`, read h = conv(ln1 x), in which every channel is a learned
+    mixture of the last few tokens. What they hold is used by weights u_t, one for each context and head, and through
+    the output gate o_t, both linear in h_t. State: K·S numbers, and the tokens that the convolution still needs,
+    however long the text.
+
+    Args:
+        hidden_size: D, the width of the residual stream.
+        num_heads: H, parts of a context with weights of their own.
+        intermediate_size: width of the MLP.
+        context_size: S, numbers of a context: a multiple of H. Default D: as many parameters as attention has.
+        num_contexts: K.
+        gates: 'none', 'update', 'update_forget' or 'input'. With 'input' the recurrence is linear: training and
+            prefill are parallel over the text. The others go token by token; in a ContextLM they can be trained in
+            parallel too (`models/context.py`).
+        time_scales: {'short': …, 'long': …} in tokens: rates of decay begin spread between the two; None: all alike.
+        conv_size: tokens that the convolution mixes, the newest included; 1 for no convolution.
+        mlp: False leaves the MLP out.
+    """
+
+    variants: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"num_contexts": 1, "conv_size": 1, "time_scales": None},
+        {"gates": "none", "num_contexts": 1, "time_scales": None, "conv_size": 1},
+        {"gates": "none", "num_contexts": 2, "context_size": 20, "time_scales": {"short": 1.5, "long": 30}},
+        {"gates": "update", "num_contexts": 3, "context_size": 24, "conv_size": 3, "mlp": False},
+        {"gates": "update_forget", "num_contexts": 2, "context_size": 20, "time_scales": None, "conv_size": 2},
+    )
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        context_size: int | None = None,
+        num_contexts: int = 4,
+        gates: str = "input",
+        time_scales: dict[str, float] | None = SCALES,
+        conv_size: int = 4,
+        mlp: bool = True,
+    ) -> None:
+        super().__init__()
+        if type(conv_size) is not int or conv_size < 1:
+            raise UserError(f"conv_size is {conv_size!r}: it must be a whole number of at least 1")
+        if type(mlp) is not bool:
+            raise UserError(f"mlp is {mlp!r}: it must be true or false")
+        size = hidden_size if context_size is None else context_size
+        time_scales = scales_of(time_scales)
+        self.cell = ContextCell(hidden_size, num_heads, size, num_contexts, gates, time_scales)
+        self._arguments |= {"context_size": size, "time_scales": time_scales}
+        self.hidden_size, self.num_heads, self.context_size = hidden_size, num_heads, size
+        self.num_contexts, self.conv_size = num_contexts, conv_size
+        self.norm_mixer = nn.LayerNorm(hidden_size)
+        if conv_size > 1:
+            self.taps = nn.Parameter(torch.zeros(conv_size, hidden_size))
+        if num_contexts > 1:
+            self.use = Linear(hidden_size, num_contexts * num_heads)
+        self.gate = Linear(hidden_size, size)
+        self.norm_contexts = nn.LayerNorm(size)
+        self.out = Linear(size, hidden_size)
+        if mlp:
+            self.norm_mlp = nn.LayerNorm(hidden_size)
+            self.mlp = MLP(hidden_size, intermediate_size)
+        self.has_mlp = mlp
+
+    def reset_parameters(self) -> None:
+        self.cell.reset_parameters()
+        if self.conv_size > 1:
+            newest = torch.arange(self.conv_size) == self.conv_size - 1  # as if there were no convolution
+            initialization.copy_(self.taps, newest[:, None].expand_as(self.taps).to(self.taps.dtype))
+        if self.num_contexts > 1:
+            first = torch.arange(self.num_contexts) == 0  # a token begins with the first, and learns to use the others
+            initialization.copy_(self.use.bias, first.repeat_interleave(self.num_heads).to(self.use.bias.dtype))
+
+    def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: RecurrentState | None) -> Tensor:  # type: ignore[override]
+        real = None if mask is None else mask[:, mask.shape[1] - x.shape[1] :]
+        h = self._convolved(x, real, state)
+        contexts = self.cell(h, real, None if state is None else state.read("contexts"))
+        if state is not None:
+            state.write(x.shape[1], contexts=contexts[:, -1])
+        return self._finish(x, h, contexts)
+
+    @property
+    def lagged_size(self) -> int:
+        """Numbers N of the state that the layer feeds back to itself in a way that is not linear; else 0."""
+        return 0 if self.cell.is_linear else self.num_contexts * self.context_size
+
+    def iterate(
+        self, x: Tensor, lagged: Tensor, *, positions: Tensor, mask: Tensor | None, state: RecurrentState | None
+    ) -> tuple[Tensor, Tensor]:
+        """All tokens in parallel, from contexts of an earlier iteration; for layers with a lagged_size N.
+
+        Args:
+            lagged: (B, T, N), at token t the contexts after token t − 1; zeros at the first real token.
+            Others as of `forward`.
+
+        Returns:
+            (B, T, D); states (B, T, N), at token t the contexts after it.
+        """
+        real = None if mask is None else mask[:, mask.shape[1] - x.shape[1] :]
+        h = self._convolved(x, real, state)
+        contexts = self.cell.iterate(h, lagged.unflatten(-1, (self.num_contexts, self.context_size)))
+        if state is not None:
+            state.write(x.shape[1], contexts=contexts[:, -1])
+        return self._finish(x, h, contexts), contexts.flatten(2)
+
+    def _convolved(self, x: Tensor, real: Tensor | None, state: RecurrentState | None) -> Tensor:
+        """conv(ln1 x) (B, T, D); moves the tokens on that the state keeps for it. Before the text stand zeros."""
+        h = self.norm_mixer(x)
+        if self.conv_size == 1:
+            return h
+        if real is not None:
+            h = h * real[..., None]
+        T, kept = h.shape[1], self.conv_size - 1
+        before = None if state is None else state.read("recent")
+        longer = F.pad(h, (0, 0, kept, 0)) if before is None else torch.cat([before, h], dim=1)
+        if state is not None:
+            state.write(0, recent=longer[:, T:])
+        return sum(self.taps[n] * longer[:, n : n + T] for n in range(self.conv_size))  # type: ignore[return-value]
+
+    def _finish(self, x: Tensor, h: Tensor, contexts: Tensor) -> Tensor:
+        """The layer's output (B, T, D) from what the contexts (B, T, K, S) hold."""
+        if self.num_contexts > 1:
+            weights = self.use(h).unflatten(-1, (self.num_contexts, self.num_heads, 1))
+            read = (contexts.unflatten(-1, (self.num_heads, -1)) * weights).sum(dim=2).flatten(2)
+        else:
+            read = contexts[:, :, 0]
+        x = x + self.out(F.silu(self.gate(h)) * self.norm_contexts(read.to(x.dtype)))
+        return x + self.mlp(self.norm_mlp(x)) if self.has_mlp else x
+
+    def make_state(self) -> RecurrentState:
+        return RecurrentState()
+
+    def state_bytes(self, tokens: int, element_size: int) -> int:
+        recent = (self.conv_size - 1) * self.hidden_size * element_size
+        return self.num_contexts * self.context_size * max(element_size, 4) + recent
+
+    def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Row by row, token by token, context by context, over the real tokens alone."""
+        mixed = torch.zeros_like(x)
+        for b in range(len(x)):
+            real = torch.arange(x.shape[1]) if mask is None else mask[b].nonzero()[:, 0]
+            mixed = mixed.index_put((torch.tensor(b), real), self._reference_row(x[b, real]))
+        x = x + mixed
+        return x + self.mlp(self.norm_mlp(x)) if self.has_mlp else x
+
+    def _reference_row(self, x: Tensor) -> Tensor:
+        """What is added to the residual stream (T, D) of one row without padding."""
+        K, S, H = self.num_contexts, self.context_size, self.num_heads
+        normed = self.norm_mixer(x)
+        taps = self.taps if self.conv_size > 1 else torch.ones_like(normed[:1])
+        contexts, outputs = [x.new_zeros(S) for _ in range(K)], []
+        for t in range(len(x)):
+            h = sum(taps[-1 - n] * normed[t - n] for n in range(min(len(taps), t + 1)))
+            contexts = self.cell.reference(h, contexts)
+            weights = self.use(h).view(K, H).repeat_interleave(S // H, dim=1) if K > 1 else torch.ones(1, S)
+            read = self.norm_contexts(sum(w * c for w, c in zip(weights, contexts, strict=True)))
+            gate = self.gate(h)
+            outputs.append(self.out(gate * gate.sigmoid() * read))
+        return torch.stack(outputs)
