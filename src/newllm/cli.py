@@ -334,6 +334,28 @@ def bench_growth(argv: list[str]) -> int:
     return _bench(parser, GrowthBench, argv)
 
 
+def bench_lagged(argv: list[str]) -> int:
+    """Training of models that feed a state back: Lagged Cache Training against step by step."""
+    parser = _parser(
+        "bench lagged",
+        bench_lagged,
+        "newllm bench lagged",
+        "newllm bench lagged --model continuous --methods step_by_step lagged lagged:deep_share=0.1,deep_passes=4",
+        "newllm bench lagged --quality true --quality-samples 2000 --seeds 0 1 2",
+    )
+    from newllm.evaluation.bench_lagged_settings import LaggedBench
+
+    parser.add_settings(LaggedBench)
+    arguments = parser.parse(argv)
+    settings = parser.settings(arguments)
+    if arguments.print_config:
+        return _print_config(settings)
+    from newllm.commands.lagged_bench import run
+
+    run(settings)
+    return 0
+
+
 def bench_vintix(argv: list[str]) -> int:
     """A step of the Vintix engine, whose keys and values lie in a ring, against reading the context again."""
     parser = _parser(
@@ -439,6 +461,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench memory": bench_memory,
     "bench reading": bench_reading,
     "bench growth": bench_growth,
+    "bench lagged": bench_lagged,
     "bench vintix": bench_vintix,
     "vintix collect": vintix_collect,
     "vintix train": vintix_train,

@@ -8,9 +8,12 @@ input, {"do": name of a method of Work, **arguments}, and answers each with one 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,7 @@ class Work(LayerWork):
         self.vocab_size: int = self.model.config.vocab_size  # type: ignore[union-attr, assignment]
         self.optimizer: torch.optim.Optimizer | None = None
         self.cache: Any = None
+        self.lagged: Callable[[Tensor], Tensor] | None = None
         return {"parameters": sum(p.numel() for p in self.model.parameters()), "threads": torch.get_num_threads()}
 
     def train(
@@ -49,22 +53,30 @@ class Work(LayerWork):
         steps: int = 1,
         seconds: float = 0.0,
         warmup: int = 0,
+        recurrence: dict[str, Any] | None = None,
         **ids: str,
     ) -> dict[str, Any]:
         """Full training steps: forward, backward, clipping, fused AdamW; at least `steps`, for at least `seconds`.
 
-        warmup: steps before, which are not counted. ids: path of a .npy file of token ids (ids=…); without it they are
-        random.
+        Args:
+            warmup: steps before, which are not counted.
+            recurrence: how a model that feeds a state back is trained, as settings of a run.
+            ids: path of a .npy file of token ids (ids=…); without it they are random.
         """
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
             self.model.train()
         optimizer = self.optimizer
+        if recurrence is not None and self.lagged is None:
+            self.lagged = start_lagged(self.model, batch_size, seq_length, recurrence)
 
         def step() -> None:
             tokens = self._tokens(batch_size, seq_length, **ids)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                if self.lagged is None:
+                    loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                else:
+                    loss = self.lagged(tokens)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
@@ -258,6 +270,29 @@ def build_model(subject: dict[str, Any]) -> nn.Module:
     if "folder" in shape:
         return load_model(shape["folder"])
     return create_model(shape.pop("model"), **shape)
+
+
+def start_lagged(
+    model: nn.Module, batch_size: int, seq_length: int, settings: dict[str, Any]
+) -> Callable[[Tensor], Tensor] | None:
+    """The loss of a step of Lagged Cache Training on (B, T) tokens; None where the settings say step by step.
+
+    Every batch is taken for the same windows, whose states are kept from the second step on: a step of a later epoch.
+    """
+    from newllm.models.recurrent import RecurrentLM
+    from newllm.settings import RunSettings
+    from newllm.training.lagged_cache import LaggedTraining  # it is in memory for either, or peaks would not compare
+
+    if settings["step_by_step"]:
+        return None
+    assert isinstance(model, RecurrentLM)
+    run = RunSettings(seq_length=seq_length, **settings)
+    training, samples, steps = (
+        LaggedTraining(model, run, batch_size, Path()),
+        torch.arange(batch_size),
+        itertools.count(),
+    )
+    return lambda ids: training.loss({"input_ids": ids, "labels": ids, "sample": samples}, next(steps), None)
 
 
 def weight_bytes(model: nn.Module, rows: int) -> int:

@@ -1,0 +1,105 @@
+"""`newllm bench lagged`: measures, prints a table for people, then one JSON line for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from newllm.commands.bench import TABLE_WIDTH
+from newllm.evaluation.bench_lagged import bench_lagged
+from newllm.evaluation.bench_lagged_settings import LaggedBench
+from newllm.evaluation.processes import WorkerError
+from newllm.experiments.results import number, with_interval
+from newllm.experiments.statistics import Estimate, estimate
+from newllm.settings import UserError
+
+
+def run(settings: LaggedBench) -> dict[str, Any]:
+    """Measures and prints.
+
+    Raises:
+        UserError: an unknown model or method, a value out of range, or a measuring process that died.
+    """
+    try:
+        with Console(stderr=True).status("starting") as status:
+            result = bench_lagged(settings, status.update)
+    except WorkerError as error:
+        raise UserError(str(error)) from error
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    console.print(speed_table(result))
+    if result["quality"]:
+        console.print(quality_table(result))
+    print(json.dumps(result))
+    return result
+
+
+def speed_table(result: dict[str, Any]) -> Table:
+    """A row for each method."""
+    machine, settings, (case,) = result["machine"], result["settings"], result["cases"]
+    (first,) = result["references"]
+    columns = ["ms/step", "tokens/s", "min/epoch", "peak GB", "states GB", f"speed / {first}"]
+    view = _table(
+        f"training {settings['model']}, {result['precision']}: {machine['cpu']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}",
+        f"Batches of {case['batch_size']} × {case['seq_length']} tokens, epochs of {settings['samples']:,} windows. "
+        "Peak: without the states that are kept of an epoch's windows. Ratios: median and range over the rounds.",
+        columns,
+    )
+    for row in case["rows"]:
+        ratio = row["speed_ratios"][first]
+        low, high = ratio["range"]
+        view.add_row(
+            row["model"],
+            f"{1000 * row['seconds']:,.0f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['seconds_per_epoch'] / 60:,.1f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['kept_bytes'] / 1e9:.2f}" if row["kept_bytes"] else "",
+            f"{ratio['ratio']:.1f} ({low:.1f}–{high:.1f})",
+        )
+    return view
+
+
+def quality_table(result: dict[str, Any]) -> Table:
+    """A row for each method: true perplexity at equal epochs and at equal time, and how far from the first method's."""
+    settings, records = result["settings"], result["quality"]
+    (first,) = result["references"]
+    seeds = len(settings["seeds"])
+    view = _table(
+        "validation perplexity by true recurrence",
+        f"Epochs of {settings['quality_samples']:,} windows; {seeds} seed{'s' if seeds > 1 else ''}"
+        f"{', 95 % intervals' if seeds > 1 else ''}. Equal time: as long in training steps as {first}. "
+        f"Difference to {first}, paired by seed.",
+        ["equal epochs", "difference", "equal time", "difference", "epochs then"],
+    )
+    reference = {record["seed"]: record["val_ppl"] for record in records if record["method"] == first}
+    for method in settings["methods"]:
+        cells = []
+        for equal in ("epochs", "time"):
+            same = "epochs" if method == first else equal  # the first method's time is that of its epochs
+            own = [record for record in records if record["method"] == method and record["equal"] == same]
+            cells.append(_text(estimate(record["val_ppl"] for record in own), 2))
+            differences = [100 * (record["val_ppl"] / reference[record["seed"]] - 1) for record in own]
+            cells.append("" if method == first else _text(estimate(differences), 1, " %"))
+        epochs = [record["epochs"] for record in own]
+        view.add_row(method, *cells, number(epochs[0], 0) if epochs else "")
+    return view
+
+
+def _text(value: Estimate | None, places: int, unit: str = "") -> str:
+    if value is None:
+        return ""
+    return with_interval(number(value.mean, places, signed=bool(unit)), value, places) + unit
+
+
+def _table(title: str, caption: str, columns: list[str]) -> Table:
+    view = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    view.add_column("method", overflow="fold", vertical="bottom")
+    for name in columns:
+        view.add_column(name, justify="right", vertical="bottom")
+    return view

@@ -1,0 +1,128 @@
+"""What `newllm bench lagged` can be told; no torch here, so that --help stays quick."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from newllm.evaluation.bench_settings import LayerBench, refuse_twice
+from newllm.settings import LaggedSettings, Precision, RunSettings, UserError, nearest, resolve
+
+STEP_BY_STEP, LAGGED = "step_by_step", "lagged"
+
+
+@dataclass(kw_only=True)
+class LaggedBench(LayerBench):
+    """`newllm bench lagged`."""
+
+    model: str = "continuous_fuse"
+    """A model that feeds a state back."""
+    methods: list[str] = field(
+        default_factory=lambda: [STEP_BY_STEP, LAGGED, "lagged:passes=2", "lagged:passes=2,grad_passes=2"]
+    )
+    """Ways to train it: 'step_by_step', and 'lagged' with options passes, grad_passes, deep_share, deep_passes. The
+    others are compared with the first."""
+    num_layers: int = 6
+    """Number of layers."""
+    num_heads: int = 8
+    """Number of attention heads."""
+    vocab_size: int = 8192
+    """Words of the vocabulary."""
+    batch_size: int = 8
+    """Windows in a batch."""
+    seq_length: int = 128
+    """Tokens of a window."""
+    samples: int = 10_000
+    """Windows of an epoch, whose time is told."""
+    rounds: int = 5
+    """Rounds; in each, every method works once."""
+    warmup: int = 1
+    """Steps at the start of a method's turn that are not counted."""
+    steps: int = 2
+    """Training steps of a method's turn."""
+    precision: Precision = "auto"
+    """'auto' is bf16 autocast where the device computes it natively, else float32."""
+    quality: bool = False
+    """Then train with every method, for equally many epochs and for as long as the first method takes, and measure the
+    perplexity by true recurrence."""
+    data: str = "shakespeare"
+    """Corpus of these runs, as of `newllm train`."""
+    quality_samples: int = 512
+    """Training windows of an epoch of that."""
+    quality_epochs: int = 4
+    """Epochs of the first method."""
+    quality_evaluations: int = 4
+    """How often each of these runs measures the validation loss; the lowest counts."""
+    quality_tokens: int = 10_000
+    """At most so many validation tokens."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds of these runs."""
+    lr: float = 1e-3
+    """Their peak learning rate."""
+
+    def shape(self) -> dict[str, Any]:
+        """The arguments of `create_model` that give the model its shape."""
+        names = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
+        return {name: getattr(self, name) for name in names}
+
+    def run_settings(self, method: str, seed: int, epochs: float) -> RunSettings:
+        """A training run with a method."""
+        return resolve(
+            RunSettings(
+                model=self.model,
+                seed=seed,
+                data=self.data,
+                **self.shape(),
+                **method_settings(method),
+                seq_length=self.seq_length,
+                batch_size=self.batch_size,
+                samples=self.quality_samples,
+                epochs=epochs,
+                evaluations=self.quality_evaluations,
+                eval_tokens=self.quality_tokens,
+                patience=0,
+                lr=self.lr,
+                precision=self.precision,
+                device=self.device,
+                threads=self.threads,
+            )
+        )
+
+    def kept_bytes(self) -> int:
+        """Bytes of the states of all windows of an epoch, in memory or in a file."""
+        return 2 * self.samples * self.seq_length * self._state_size()
+
+    def _state_size(self) -> int:
+        import torch
+
+        from newllm.models import create_model
+
+        with torch.device("meta"):
+            return create_model(self.model, **self.shape()).state_size
+
+    def check(self) -> None:
+        """Also for an unknown method or model, and one without a state."""
+        super(LaggedBench, dataclasses.replace(self, seeds=[seed + 1 for seed in self.seeds])).check()  # 0 is a seed
+        refuse_twice("--methods", self.methods)
+        from newllm.training.suitability import check_suitability
+
+        if not self._state_size():
+            raise UserError(f"--model {self.model} feeds no state back: choose one that does, as continuous_fuse")
+        for method in self.methods:
+            check_suitability(self.run_settings(method, 0, self.quality_epochs), [self.model])
+
+
+def method_settings(method: str) -> dict[str, Any]:
+    """The settings of a training run that say 'lagged:passes=2,grad_passes=2' or 'step_by_step'."""
+    from newllm.models import parse_model
+
+    name, options = parse_model(method)
+    if name not in (STEP_BY_STEP, LAGGED):
+        raise nearest(name, [STEP_BY_STEP, LAGGED], "method", "in --methods")
+    known = [field.name.removeprefix("lagged_") for field in dataclasses.fields(LaggedSettings)]
+    known = [key for key in known if name == LAGGED and key != STEP_BY_STEP]
+    for key in options:
+        if key not in known:
+            raise nearest(key, known, "option", f"of method '{name}'")
+    return {f"lagged_{key}": value for key, value in options.items()} | {STEP_BY_STEP: name == STEP_BY_STEP}
