@@ -55,6 +55,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "stopped_early": training.stopped_early,
         "best_step": training.best_step,
         "reconstruction": read_result(folder).get("reconstruction"),
+        "projection": read_result(folder).get("projection"),
         "val_loss": training.best_val_loss,
         "val_ppl": perplexity(training.best_val_loss),
         "bits_per_byte": training.best_val_loss / math.log(2) * len(validation.ids) / validation.num_bytes,

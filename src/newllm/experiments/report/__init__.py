@@ -13,6 +13,7 @@ from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, 
 from newllm.experiments.report import words
 from newllm.experiments.report.memories import memories_section
 from newllm.experiments.report.plots import all_plots, position_estimates
+from newllm.experiments.report.projection import projection_plots, projection_section
 from newllm.experiments.report.recall import recall_plots, recall_section
 from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
 from newllm.experiments.report.reversal import reversal_plots, reversal_section
@@ -62,7 +63,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
     from plotly.offline import get_plotlyjs
 
     figures = all_plots(summaries) | {name: plot for name, plot in recall_plots(summaries).items() if plot}
-    figures |= reversal_plots(summaries) | recurrence_plots(summaries)
+    figures |= reversal_plots(summaries) | recurrence_plots(summaries) | projection_plots(summaries)
     browser_data = {
         "models": [{"name": s.model, "baseline": s.is_baseline, "valid": s.valid} for s in summaries],
         "figures": figures,
@@ -84,6 +85,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
         "recall": recall_section(summaries),
         "reversal": reversal_section(summaries),
         "recurrence": recurrence_section(summaries),
+        "projection": projection_section(summaries),
         "selective": selective_section(summaries),
         "memories": memories_section(summaries),
         "check_names": check_names,

@@ -323,7 +323,15 @@ def _first_phases(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row.get("reconstruction"):
             tokens.setdefault(row["model"], []).append(row["reconstruction"]["tokens"])
-    return "; ".join(f"{model}: reconstruction, {_span(counts)} more tokens" for model, counts in tokens.items())
+    said = [f"{model}: reconstruction, {_span(counts)} more tokens" for model, counts in tokens.items()]
+    streams: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("projection"):
+            streams.setdefault(row["model"], []).append(row["projection"])
+    for model, records in streams.items():
+        iterations = _span([record["iterations"] for record in records])
+        said.append(f"{model}: {iterations} iterations over {records[0]['tokens']:,} tokens")
+    return "; ".join(said)
 
 
 def _span(counts: list[int]) -> str:
