@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,6 +10,7 @@ from vintix_stub import write_dataset
 
 from newllm.settings import UserError
 from newllm.vintix import train as module
+from newllm.vintix.data import HistoryDataset
 from newllm.vintix.model import VintixModel
 from newllm.vintix.settings import VintixRun
 from newllm.vintix.train import train
@@ -102,6 +104,19 @@ def test_training_fits_the_demonstrator(data, tmp_path):
     train(run, [histories], tmp_path / "run")
     losses = [line["train_loss"] for line in metrics(tmp_path / "run") if "train_loss" in line]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_target_is_what_was_done_or_what_the_demonstrator_would_have_done(data, tmp_path):
+    random, played = (
+        module.read_histories(path) for path in (data, write_dataset(tmp_path / "demonstrator", noise_free=True))
+    )
+    assert np.allclose(module.demonstrated(played), played.action, atol=1e-4)
+    random.target = module.demonstrated(random)
+    assert not np.allclose(random.target, random.action, atol=0.1)
+    window = HistoryDataset([random], 24, seed=0, start_share=1.0)[0]
+    row = int(np.flatnonzero([np.array_equal(window["action"], target[:24]) for target in random.target])[0])
+    assert np.array_equal(window["previous_action"][1:], random.action[row, :23])
+    train(VintixRun(**SMALL | {"steps": 2, "evaluations": 1, "target": "demonstrator"}), [data], tmp_path / "run")
 
 
 def test_two_families_train_together(data, tmp_path):

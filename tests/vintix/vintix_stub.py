@@ -95,7 +95,7 @@ def write_dataset(folder, *, train_tasks=6, steps=48, noise_free=False, environm
     files = []
     for row in range(train_tasks):
         write_history(folder / f"{row}.h5", History(*(column[row] for column in columns)), 20)
-        files.append({"file": f"{row}.h5", "steps": steps})
+        files.append({"file": f"{row}.h5", "task": row, "steps": steps})
     tasks = {}
     for split in counts:
         ids = family.task_ids(split)

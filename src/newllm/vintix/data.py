@@ -103,6 +103,8 @@ class Histories:
     """(H, N) float32, times reward_scale."""
     step_num: np.ndarray
     """(H, N) int32."""
+    target: np.ndarray | None = None
+    """(H, N, da) float32, what a model is to answer at each step; None: the action that was taken."""
 
     @property
     def name(self) -> str:
@@ -184,9 +186,9 @@ class HistoryDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
-        observation (T, do), action (T, da) the target, reward (T, 1); previous_action (T, da) and previous_reward
-        (T, 1), those of the step before, across episodes too, zeros before the history's first; float32.
-        episode_start, history_start (T,) bool; step_in_episode (T,) int64; group: int.
+        observation (T, do); action (T, da), the target of the model; reward (T, 1); previous_action (T, da) and
+        previous_reward (T, 1), those of the step before, across episodes too, zeros before the history's first;
+        float32. episode_start, history_start (T,) bool; step_in_episode (T,) int64; group: int.
         """
         if not 0 <= index < self.length:
             raise IndexError(index)
@@ -201,7 +203,7 @@ class HistoryDataset:
         reward = data.reward[history, :, None]
         return {
             "observation": data.observation[history, rows],
-            "action": data.action[history, rows],
+            "action": (data.action if data.target is None else data.target)[history, rows],
             "reward": reward[rows],
             "previous_action": _shifted(data.action[history], first, self.context),
             "previous_reward": _shifted(reward, first, self.context),

@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from newllm.settings import Precision, UserError
 
@@ -104,6 +105,10 @@ class VintixTrainSettings:
     """Windows in a micro-batch."""
     gradient_accumulation: int = 8
     """Micro-batches in an optimizer step."""
+    target: Literal["taken", "demonstrator"] = "taken"
+    """What the model learns to answer at a step: the action that was taken there, noise and all (Algorithm
+    Distillation, as in the paper), or the one the demonstrator would have taken (as in the Decision-Pretrained
+    Transformer, arXiv 2306.14892)."""
     start_share: float = 0.25
     """Share of the windows that begin where their history does, when nothing is known yet and the noise is high."""
     lr: float = 3e-4

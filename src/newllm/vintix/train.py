@@ -72,6 +72,9 @@ def train(
     """
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
     data = [read_histories(path) for path in data_folders]
+    if run.target == "demonstrator":
+        for histories in data:
+            histories.target = demonstrated(histories)
     facts = [{key: value for key, value in histories.metadata.items() if key != "histories"} for histories in data]
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     with lock(folder), explaining_full_disk(folder):
@@ -119,6 +122,15 @@ def _train(
         best_step=state.best_global_step,  # type: ignore[arg-type]
         seconds=state.log_history[-1]["seconds"],
     )
+
+
+def demonstrated(histories: Histories) -> np.ndarray:
+    """(H, N, da) what the demonstrator of each history's task would have done, without noise, at each of its steps."""
+    metadata = histories.metadata
+    mean, std = (np.array(metadata[key], dtype=np.float32) for key in ("observation_mean", "observation_std"))
+    act = from_spec(metadata["family"]).demonstrator(np.array([entry["task"] for entry in metadata["histories"]]))
+    steps = [act(observation * std + mean) for observation in histories.observation.swapaxes(0, 1)]
+    return np.stack(steps, axis=1).astype(np.float32)
 
 
 def new_model(settings: VintixModelSettings, data: list[Histories]) -> VintixModel:
