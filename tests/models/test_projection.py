@@ -99,6 +99,7 @@ def test_parallel_passes_reach_true_recurrence_one_token_at_a_time():
     positions = torch.arange(7).expand(2, 7)
     truth, _ = model.project(ids)
     states = model.first_states(ids, positions)
+    torch.testing.assert_close(states, super(type(model), model).first_states(ids, positions), rtol=0, atol=0)
     for done in range(1, 8):
         torch.testing.assert_close(states[:, :done], truth[:, :done], rtol=1e-10, atol=1e-10)
         hidden, states = model.iterate(ids, lag(states), positions=positions)
