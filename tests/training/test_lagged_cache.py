@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_recurrent import SHAPE, TOY, lively, recurrent_presets, toy
+from transformers import TrainerControl, TrainerState
 
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
@@ -22,6 +23,7 @@ from newllm.models.factory import PLUGIN_PRESETS
 from newllm.models.recurrent import RecurrentLM
 from newllm.settings import DataSettings, RunSettings, UserError, resolve
 from newllm.training import new_model, train
+from newllm.training.callbacks import FlowCallback, Schedule
 from newllm.training.lagged_cache import KeyedWindows, LaggedTraining, is_deep, lagged_loss
 from newllm.training.lagged_store import FILE, STATES, UNDO_LOG, MappedLaggedCache, lagged_cache
 
@@ -317,6 +319,18 @@ def test_a_batch_may_hold_known_and_unknown_windows(tmp_path):
     states[0] = training.cache.read(torch.tensor([0]))
     expected, _, _ = lagged_loss(model, batch["input_ids"], batch["labels"], states, 1, 1)
     assert training.loss(batch, 0, None).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_states_that_grow_without_bound_are_told_apart_from_a_learning_rate_that_is_too_high(text):
+    settings = tiny(text)
+    flow = FlowCallback(settings, Schedule.of(10, settings), "float32", phase="")
+    control = TrainerControl()
+    history = [{"loss": 5.0, "residual": 0.5}, {"eval_loss": float("inf")}]
+    with pytest.raises(UserError, match=r"by true recurrence the states grow .* --lagged-passes 2"):
+        flow.on_log(None, TrainerState(log_history=history, global_step=3), control)
+    history = [{"loss": float("nan"), "residual": 0.5}]
+    with pytest.raises(UserError, match="try a lower --lr"):
+        flow.on_log(None, TrainerState(log_history=history, global_step=3), control)
 
 
 def test_what_cannot_be_trained_this_way_is_refused(text, tmp_path, monkeypatch):

@@ -205,8 +205,9 @@ def decimals(summaries: Iterable[ModelSummary], column: Column) -> int:
 
 
 def number(value: float, places: int, signed: bool = False) -> str:
-    """1,234.5 with a true minus sign."""
-    return f"{value:{'+' if signed else '-'}z,.{places}f}".replace("-", "−")
+    """1,234.5 with a true minus sign; 1.2e+15 where a model has come apart."""
+    kind = f",.{places}f" if abs(value) < 1e12 else ".1e"
+    return f"{value:{'+' if signed else '-'}z{kind}}".replace("-", "−")
 
 
 def percent(estimate_: Estimate) -> str:

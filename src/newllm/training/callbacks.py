@@ -99,10 +99,15 @@ class FlowCallback(TrainerCallback):
         for key, what in (("loss", "training loss"), ("eval_loss", "validation loss")):
             if key in entry and not math.isfinite(entry[key]):
                 during, flag = (f" of the {self.phase}", f"--{self.phase}-lr") if self.phase else ("", "--lr")
+                remedy = f"try a lower {flag}, a longer --warmup-ratio or --precision float32"
+                if key == "eval_loss" and any("residual" in entry for entry in state.log_history):
+                    remedy = (
+                        "by true recurrence the states grow beyond what training has seen: try --lagged-passes 2 "
+                        f"--lagged-grad-passes 2, --lagged-deep-share 0.1, or a lower {flag}"
+                    )
                 raise UserError(
                     f"{self.settings.model}: the {what}{during} is {entry[key]} at step {state.global_step} "
-                    f"(lr {self.settings.lr:g}, {self.precision}): try a lower {flag}, a longer --warmup-ratio "
-                    "or --precision float32; the last checkpoint is kept"
+                    f"(lr {self.settings.lr:g}, {self.precision}): {remedy}; the last checkpoint is kept"
                 )
 
     def on_evaluate(
