@@ -40,8 +40,9 @@ class ContextLayer(Layer):
     """
 
     variants: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"num_contexts": 1, "conv_size": 1, "time_scales": None},
-        {"gates": "none", "num_contexts": 1, "time_scales": None, "conv_size": 1},
+        {"num_contexts": 3, "context_size": 40},
+        {"conv_size": 1, "time_scales": None},
+        {"gates": "none", "time_scales": None, "conv_size": 1},
         {"gates": "none", "num_contexts": 2, "context_size": 20, "time_scales": {"short": 1.5, "long": 30}},
         {"gates": "update", "num_contexts": 3, "context_size": 24, "conv_size": 3, "mlp": False},
         {"gates": "update_forget", "num_contexts": 2, "context_size": 20, "time_scales": None, "conv_size": 2},
@@ -54,7 +55,7 @@ class ContextLayer(Layer):
         intermediate_size: int,
         *,
         context_size: int | None = None,
-        num_contexts: int = 4,
+        num_contexts: int = 1,
         gates: str = "input",
         time_scales: dict[str, float] | None = SCALES,
         conv_size: int = 4,
@@ -73,7 +74,7 @@ class ContextLayer(Layer):
         self.num_contexts, self.conv_size = num_contexts, conv_size
         self.norm_mixer = nn.LayerNorm(hidden_size)
         if conv_size > 1:
-            self.taps = nn.Parameter(torch.zeros(conv_size, hidden_size))
+            self.taps = nn.Parameter(self._first_taps())
         if num_contexts > 1:
             self.use = Linear(hidden_size, num_contexts * num_heads)
         self.gate = Linear(hidden_size, size)
@@ -84,11 +85,14 @@ class ContextLayer(Layer):
             self.mlp = MLP(hidden_size, intermediate_size)
         self.has_mlp = mlp
 
+    def _first_taps(self) -> Tensor:
+        """Those of every channel, oldest token first: as if there were no convolution. A vector: no weight decay."""
+        return F.pad(torch.ones(1, self.hidden_size), (0, 0, self.conv_size - 1, 0)).flatten()
+
     def reset_parameters(self) -> None:
         self.cell.reset_parameters()
         if self.conv_size > 1:
-            newest = torch.arange(self.conv_size) == self.conv_size - 1  # as if there were no convolution
-            initialization.copy_(self.taps, newest[:, None].expand_as(self.taps).to(self.taps.dtype))
+            initialization.copy_(self.taps, self._first_taps())
         if self.num_contexts > 1:
             first = torch.arange(self.num_contexts) == 0  # a token begins with the first, and learns to use the others
             initialization.copy_(self.use.bias, first.repeat_interleave(self.num_heads).to(self.use.bias.dtype))
@@ -137,7 +141,8 @@ class ContextLayer(Layer):
         longer = F.pad(h, (0, 0, kept, 0)) if before is None else torch.cat([before, h], dim=1)
         if state is not None:
             state.write(0, recent=longer[:, T:])
-        return sum(self.taps[n] * longer[:, n : n + T] for n in range(self.conv_size))  # type: ignore[return-value]
+        taps = self.taps.view(self.conv_size, -1)
+        return sum(taps[n] * longer[:, n : n + T] for n in range(self.conv_size))  # type: ignore[return-value]
 
     def _finish(self, x: Tensor, h: Tensor, contexts: Tensor) -> Tensor:
         """The layer's output (B, T, D) from what the contexts (B, T, K, S) hold."""
@@ -169,7 +174,7 @@ class ContextLayer(Layer):
         """What is added to the residual stream (T, D) of one row without padding."""
         K, S, H = self.num_contexts, self.context_size, self.num_heads
         normed = self.norm_mixer(x)
-        taps = self.taps if self.conv_size > 1 else torch.ones_like(normed[:1])
+        taps = self.taps.view(self.conv_size, -1) if self.conv_size > 1 else torch.ones_like(normed[:1])
         contexts, outputs = [x.new_zeros(S) for _ in range(K)], []
         for t in range(len(x)):
             h = sum(taps[-1 - n] * normed[t - n] for n in range(min(len(taps), t + 1)))

@@ -1,0 +1,251 @@
+"""Context vectors: the first New-LLM by its formulas, scan = loop, time scales, models that feed contexts back."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_recurrent import lively
+
+from newllm.evaluation.checks import check_model
+from newllm.models import TransformerLM, create_model, load_model
+from newllm.models.cache import RecurrentState
+from newllm.models.layers import create_layer
+from newllm.models.recurrent import RecurrentLM, lag
+from newllm.settings import UserError
+
+SHAPE = {"hidden_size": 16, "num_layers": 3, "num_heads": 2, "intermediate_size": 24, "vocab_size": 40}
+LAYER = {"type": "context", "hidden_size": 16, "num_heads": 2, "intermediate_size": 24}
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+NONLINEAR = (
+    "context_plain",
+    "context_plain:gates=update,num_contexts=3,conv_size=3",
+    "context_plain:gates=update_forget,num_contexts=2,time_scales.long=20",
+    "context_hybrid:gates=update",
+)
+
+
+def make(model, **options):
+    return lively(create_model(model, **SHAPE | options)).double().eval()
+
+
+def make_layer(**options):
+    layer = create_layer(LAYER | options).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def places(ids):
+    return torch.arange(ids.shape[1]).expand(ids.shape)
+
+
+# The first New-LLM
+
+
+def test_the_first_new_llm_computes_what_its_formulas_say():
+    model = create_model("context_vector", **SHAPE, context_size=6, width=10, depth=3, max_positions=4).double().eval()
+    ids = torch.randint(40, (1, 7))
+    first = torch.cat([model.read_text.weight, model.read_context.weight], dim=1)  # one map of [embedding; context]
+    assert first.shape == (10, 16 + 6)
+    c, logits = torch.zeros(6, dtype=torch.float64), []
+    for t, token in enumerate(ids[0]):
+        embedded = model.embed.weight[token] + model.positions.weight[min(t, 3)]  # later tokens have the last position
+        h = (first @ torch.cat([embedded, c]) + model.read_text.bias).relu()
+        for linear in model.deeper:
+            h = (linear.weight @ h + linear.bias).relu()
+        logits.append(model.head.weight @ h)
+        c = c + model.move.weight @ h + model.move.bias
+    assert len(model.deeper) == 2
+    torch.testing.assert_close(model(ids).logits[0], torch.stack(logits), **TIGHT)
+
+
+def test_the_first_new_llm_passes_on_what_it_reads_at_any_depth():
+    """He initialisation: numbers behind the MLP are as large as before it, not smaller by a factor for each layer."""
+    model = create_model("context_vector", **SHAPE | {"hidden_size": 64}, depth=10)
+    ids = torch.randint(40, (8, 1))
+    ratio = model.hidden_states(ids).square().mean() / model.embed(ids).square().mean()
+    assert 0.1 < ratio < 10
+
+
+def test_the_first_new_llm_refuses_what_it_cannot_be():
+    for options, words in (
+        ({"depth": 0}, "depth is 0"),
+        ({"context_size": 2.5}, "context_size is 2.5"),
+        ({"dropout": 1.0}, r"dropout is 1.0: it must lie in \[0, 1\)"),
+        ({"tie_word_embeddings": True}, "differ in width"),
+    ):
+        with pytest.raises(UserError, match=words):
+            create_model("context_vector", **SHAPE, **options)
+
+
+# The layer
+
+
+@pytest.mark.parametrize("options", [{}, {"num_contexts": 3}, {"num_contexts": 2, "time_scales": None}])
+def test_the_scan_of_gated_linear_contexts_equals_their_loop(options):
+    cell = make_layer(**options).cell
+    x = torch.randn(2, 300, 16, dtype=torch.float64)
+    with torch.no_grad():
+        fast, driven = cell(x, None, None), cell.project(x)
+        c = torch.zeros_like(fast[:, 0])
+        for t in range(300):
+            a, b = cell._factors(driven[:, t])
+            c = a * c + b
+            torch.testing.assert_close(fast[:, t], c, **TIGHT)
+
+
+def test_time_scales_are_what_a_context_begins_with():
+    """Without input (weights 0), what was written fades by 1 − 1/τ a token, with τ spread between short and long."""
+    model = create_model("context", **SHAPE, num_contexts=2, time_scales={"short": 3, "long": 30})
+    cell = model.layers[0].cell
+    torch.nn.init.zeros_(cell.project.weight)
+    before = torch.ones(1, 2, 16)
+    with torch.no_grad():
+        after = cell(torch.zeros(1, 1, 16), None, before)[0, 0]
+    scales = 1 / (1 - after)
+    torch.testing.assert_close(scales.amin(dim=1), torch.full((2,), 3.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(scales.amax(dim=1), torch.full((2,), 30.0), rtol=1e-3, atol=0)
+    assert (scales[0] - scales[1]).abs().min() > 0.1  # numbers that share a candidate live differently long
+    plain = create_model("context", **SHAPE, time_scales=None).layers[0].cell
+    torch.testing.assert_close(plain.rates.sigmoid(), torch.full_like(plain.rates, 0.5))
+
+
+def test_variance_of_what_is_written_is_kept_whatever_the_time_scale():
+    layer = make_layer(time_scales={"short": 2, "long": 50}, context_size=32)
+    layer.cell.reset_parameters()
+    cell = layer.cell
+    with torch.no_grad():
+        cell.project.weight[32:] = 0  # gates do not depend on the token
+        cell.project.bias.zero_()
+        cell.project.weight[:32] = torch.randn(32, 16, dtype=torch.float64) / 4
+        contexts = cell(torch.randn(64, 300, 16, dtype=torch.float64), None, None)
+        written = cell.project(torch.randn(64, 300, 16, dtype=torch.float64))[..., :32].var(dim=(0, 1))
+    assert ((contexts[:, 200:, 0].var(dim=(0, 1)) / written).log().abs() < 0.5).all()
+
+
+def test_it_has_about_as_many_parameters_as_the_baselines_layer():
+    shape = {"hidden_size": 256, "num_heads": 4, "intermediate_size": 1024}
+    sizes = [
+        sum(p.numel() for p in create_layer({"type": name} | shape).parameters()) for name in ("context", "pythia")
+    ]
+    assert 1 <= sizes[0] / sizes[1] < 1.003
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gates": "forget"}, "did you mean 'none'|gates"),
+        ({"context_size": 7}, "context_size 7 does not divide into num_heads 2"),
+        ({"num_contexts": 0}, "num_contexts is 0"),
+        ({"conv_size": 0}, "conv_size is 0"),
+        ({"mlp": 1}, "mlp is 1"),
+        ({"time_scales": {"long": 1}}, "time_scales.long is 1: it must be a number of tokens above 1"),
+        ({"time_scales": {"middle": 9}}, "'middle'"),
+        ({"time_scales": [2, 9]}, "it must be null or tokens, as in time_scales.long=256"),
+        ({"gates": "none", "num_contexts": 2, "time_scales": None}, "all would be the same vector"),
+    ],
+)
+def test_a_wrong_option_is_told(options, words):
+    with pytest.raises(UserError, match=words):
+        create_layer(LAYER | options)
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+@torch.no_grad()
+def test_the_layers_own_loops_are_the_true_recurrence_of_iterate(name):
+    """The general recurrence, one token after the other through `iterate`, and as many passes as tokens."""
+    model = make(name)
+    ids = torch.randint(40, (2, 11))
+    truth = model.hidden_states(ids)
+    states, hidden, cache = model.no_states(ids)[:, :1], [], model.make_cache()
+    for t in range(11):
+        h, states = model.iterate(ids[:, t : t + 1], states, positions=places(ids)[:, t : t + 1], cache=cache)
+        hidden.append(h)
+    torch.testing.assert_close(torch.cat(hidden, dim=1), truth, **TIGHT)
+    states = model.first_states(ids, places(ids))
+    for _ in range(10):
+        whole, states = model.iterate(ids, lag(states), positions=places(ids))
+    torch.testing.assert_close(whole, truth, **TIGHT)
+    assert states.shape == (2, 11, model.state_size)
+
+
+@pytest.mark.parametrize("name", [*NONLINEAR, "context_pythia", "context_pythia:gates=input,num_contexts=2"])
+def test_every_form_keeps_the_whole_contract(name):
+    results = check_model(make(name), tokens=20)
+    assert [result for result in results if result.passed is not True] == []
+
+
+@settings(max_examples=6)
+@given(pads=st.lists(st.integers(0, 5), min_size=2, max_size=2), length=st.integers(1, 7))
+@torch.no_grad()
+def test_left_padding_changes_nothing_in_iterate(pads, length):
+    for name in ("context_plain:gates=update,conv_size=3", "context_pythia"):
+        model = make(name)
+        width = length + max(pads)
+        ids, mask = torch.randint(40, (2, width)), torch.arange(width) >= torch.tensor(pads)[:, None]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        states = model.first_states(ids, positions, mask)
+        hidden, _ = model.iterate(ids, lag(states, mask), positions=positions, mask=mask)
+        for row, pad in enumerate(pads):
+            alone = ids[row : row + 1, pad:]
+            states = model.first_states(alone, places(alone))
+            expected, _ = model.iterate(alone, lag(states), positions=places(alone))
+            torch.testing.assert_close(hidden[row, pad:], expected[0], **TIGHT)
+
+
+@torch.no_grad()
+def test_linear_contexts_feed_nothing_back_and_read_as_in_any_model():
+    model = make("context_hybrid")
+    assert isinstance(model, RecurrentLM)
+    assert model.state_size == 0
+    assert [layer.type_name for layer in model.layers] == ["context", "context", "pythia"]
+    same = (
+        TransformerLM(layers=[create_layer(spec) for spec in model.config.layer_specs], vocab_size=40).double().eval()
+    )
+    same.load_state_dict(model.state_dict())
+    ids = torch.randint(40, (2, 13))
+    assert torch.equal(same(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_what_is_fed_back_stands_in_the_cache_only_once():
+    model = make("context_plain:gates=update")
+    cache = model.make_cache()
+    model(torch.randint(40, (2, 5)), past_key_values=cache)
+    assert len(cache.layers) == 3
+    assert sum(state.tensors()["contexts"][0].numel() for state in cache.layers) == model.state_size == 3 * 16
+
+
+@torch.no_grad()
+def test_context_pythia_is_pythia_with_a_cell_before_it(monkeypatch):
+    model, pythia = make("context_pythia"), make("pythia")
+    calls = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.randint(40, (2, 9))
+    with_context = model(ids).logits
+    assert len(calls) == 3  # the loop over time is the cell's alone
+    pythia.load_state_dict({name: t for name, t in model.state_dict().items() if not name.startswith("context.")})
+    assert not torch.allclose(with_context, pythia(ids).logits)
+    for parameter in model.context.out.parameters():
+        parameter.zero_()
+    torch.testing.assert_close(model(ids).logits, pythia(ids).logits, **TIGHT)
+    assert isinstance(model.make_cache().layers[-1], RecurrentState)
+
+
+@pytest.mark.parametrize("name", ["context_vector", "context_plain", "context_pythia"])
+@torch.no_grad()
+def test_a_saved_model_is_loaded_as_what_it_was(name, tmp_path):
+    model = create_model(name, **SHAPE).eval()
+    model.save_pretrained(tmp_path)
+    loaded, ids = load_model(tmp_path).eval(), torch.randint(40, (2, 9))
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_hybrid_needs_a_layer_of_each_kind():
+    with pytest.raises(UserError, match="num_layers must be at least that many"):
+        create_model("context_hybrid", **SHAPE | {"num_layers": 1})
