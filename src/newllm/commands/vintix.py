@@ -88,20 +88,38 @@ def _train(run: VintixRun, data: list[Path], folder: Path) -> VintixTrainResult:
     return train(run, data, folder, say_progress)
 
 
+_interrupted: Any = None  # in a process that trains: an event, set when the user has interrupted the command
+
+
+def _begin_process(interrupted: Any) -> None:
+    """Ctrl-C reaches every process of the terminal; here it counts only while a run is trained, which saves then."""
+    global _interrupted
+    _interrupted = interrupted
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _train_in_process(run: VintixRun, data: list[Path], folder: Path) -> VintixTrainResult:
+    if _interrupted.is_set():  # the pool hands out one run too many before it can be told to stop
+        raise KeyboardInterrupt
+    return _train(run, data, folder)
+
+
 def _train_together(work: list[tuple[VintixRun, list[Path], Path]], jobs: int) -> None:
     """Each run in a process of its own, on its share of the threads: small models gain little from several."""
     context = multiprocessing.get_context("spawn")
+    interrupted = context.Event()
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_process, initargs=(interrupted,))
     try:
         started: dict[Future, VintixRun] = {}
         for run, data, folder in work:
             own = run if run.threads is not None else dataclasses.replace(run, threads=threads)
-            started[pool.submit(_train, own, data, folder)] = run
+            started[pool.submit(_train_in_process, own, data, folder)] = run
         for future in as_completed(started):
             _say_result(started[future], future.result())
+    except BaseException:
+        interrupted.set()
+        raise
     finally:
         # A run that is interrupted saves its state, and is waited for; one that has not begun does not begin.
         pool.shutdown(wait=True, cancel_futures=True)
