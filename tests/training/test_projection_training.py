@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.experiments import runner
+from newllm.experiments.report.projection import cells
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.models.projection import oacd_loss
@@ -215,7 +216,7 @@ def test_its_settings_count_only_where_they_are_set():
 def test_a_comparison_reports_the_first_phase(text, tmp_path):
     values = {name: value for name, value in dataclasses.asdict(tiny(text)).items() if name not in ("model", "seed")}
     values |= {"sliding_window": 64, "sliding_stride": 32, "efficiency": False, "eval_tokens": 500, "jobs": 1}
-    settings = ExperimentSettings(**values, models=["pythia", "dproj"], seeds=[0, 1], out=str(tmp_path / "out"))
+    settings = ExperimentSettings(**values, models=["pythia", "dproj"], out=str(tmp_path / "out"))
     report = runner.compare(settings)
     results = read_results(report.parent)
     by_model = {row["model"]: row["projection"] for row in results["rows"]}
@@ -226,3 +227,11 @@ def test_a_comparison_reports_the_first_phase(text, tmp_path):
         assert "Diverse projection" in written
         assert "dproj: 4 iterations over 5,000 tokens" in written
     assert "plot-projection" in report.read_text()
+
+
+def test_a_table_of_several_seeds_gives_intervals(whole):
+    one = result(whole[0])["projection"]
+    other = one | {"iterations": 6, "converged": one["converged"] + 0.1}
+    assert cells([one])[0] == "4"
+    assert cells([one, other])[0] == "5.0\u00a0±\u00a012.7"
+    assert cells([one, one])[3].endswith(" of 20")
