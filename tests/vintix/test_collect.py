@@ -155,3 +155,14 @@ def test_the_metadata_are_json_that_names_what_17_asks_for(folder):
     metadata = json.loads((folder / METADATA).read_text())
     asked = {"name", "observation_dim", "action_dim", "action_type", "observation_mean", "observation_std"}
     assert asked | {"reward_scale", "action_low", "action_high"} <= set(metadata)
+
+
+@pytest.mark.parametrize("name", ["plain_pendulum", "inverted_pendulum"])
+def test_plain_environments_can_be_collected_from(tmp_path, name):
+    few = settings(environment=name, train_tasks=2, test_tasks=1, validation_tasks=1, score_episodes=1)
+    data = read_histories(collect(few, tmp_path / "data", silent))
+    assert data.step_num.max() < data.metadata["episode_length"]
+    ends = np.diff(data.step_num) < 0
+    assert (data.step_num[:, 1:][ends] == 0).all()
+    if name == "inverted_pendulum":  # at first the pole falls soon
+        assert ends.any(axis=1).all()
