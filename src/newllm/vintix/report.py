@@ -25,6 +25,7 @@ CURVES = {
     "blind": ("blind demonstrator", "takes every task for the average one", "--model-4", "dash"),
     "random": ("random", "uniform in the action space", "--soft", "dot"),
 }
+REFERENCES = ("demonstrator", "blind", "random")  # drawn without their intervals, which the table has
 STRIP_NOTES = {
     "point_reacher": "The path of the point, seen from above. The ring is the goal, which is not observed; the black "
     "dot is where the episode began.",
@@ -61,10 +62,10 @@ def report_context(results: dict[str, Any]) -> dict[str, Any]:
     }
     figures["plot-training"] = training_figure(results["runs"])
     data = {"figures": figures, "xName": {"score": "episode", "training": "step"}}
-    names = " and ".join(context["title"] for context in families)
+    names = [context["title"] for context in families]
     full = [run for run in results["runs"] if not run["demonstrator_only"]]
     return {
-        "title": f"Learning in context: {names}",
+        "title": f"Learning in context: {', '.join(names)}",
         "short_facts": [
             f"{full[0]['parameters']:,} parameters",
             f"{len(full)} seed{'s' if len(full) > 1 else ''}",
@@ -159,7 +160,8 @@ def score_figure(family: dict[str, Any]) -> dict[str, Any]:
         look: dict[str, Any] = {"name": name, "color": color, "dash": dash, "kind": "score"}
         look |= {"width": 3 if key == "full" else 2, "markers": key == "full"}
         episodes = list(range(1, len(values["value"]) + 1))
-        curves.append(look | {"x": episodes, "y": values["value"], "low": values["low"], "high": values["high"]})
+        band = {} if key in REFERENCES else {"low": values["low"], "high": values["high"]}
+        curves.append(look | band | {"x": episodes, "y": values["value"]})
     return {"curves": curves, "xTitle": "episode", "yTitle": "normalised score", "fromZero": False}
 
 
