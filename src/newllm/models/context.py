@@ -52,8 +52,9 @@ class ContextVectorConfig(LMConfig):
         super().__post_init__(**kwargs)
 
 
-class ReLULinear(Linear):
-    """A Linear in front of a ReLU: He initialisation, without which eight of them in a row pass nothing on."""
+class PlainLinear(Linear):
+    """A Linear with torch's initial values, uniform in ±1/√inputs: large enough for a row of them without LayerNorms
+    to pass something on, and small enough for a sum over the whole text, which nothing bounds, not to explode."""
 
 
 @register_architecture("context_vector")
@@ -74,19 +75,20 @@ class ContextVectorLM(RecurrentLM):
         assert W is not None
         self.positions = nn.Embedding(config.max_positions, E)
         # The first Linear, in two parts: what the text gives it does not wait for the context.
-        self.read_text = ReLULinear(E, W)
-        self.read_context = ReLULinear(C, W, bias=False)
-        self.deeper = nn.ModuleList(ReLULinear(W, W) for _ in range(config.depth - 1))
+        self.read_text = PlainLinear(E, W)
+        self.read_context = PlainLinear(C, W, bias=False)
+        self.deeper = nn.ModuleList(PlainLinear(W, W) for _ in range(config.depth - 1))
         self.dropout = nn.Dropout(config.dropout)
-        self.move = Linear(W, C)
+        self.move = PlainLinear(W, C)
         self.norm = nn.Identity()  # type: ignore[assignment]
         self.head = Linear(W, config.vocab_size, bias=False)
         self.post_init()  # initialises what has come since TransformerLM did
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ReLULinear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if isinstance(module, PlainLinear):
+            for parameter in module.parameters():
+                nn.init.uniform_(parameter, -(module.in_features**-0.5), module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)  # no LayerNorm makes up for small ones
 
