@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 # torch first and alone: the pinned version has a CPU build, and nothing later may ask for another.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format bench freeze clean
+.PHONY: demo test test-experiments lint format bench freeze clean
 
 demo: $(VENV)/.installed  ## compare four token mixers on the embedded corpus, about five minutes
 	$(BIN)/newllm compare --out runs/demo
 
 test: $(VENV)/.installed-test  ## every test
 	$(BIN)/python -m pytest -n 2
+
+test-experiments: $(VENV)/.installed-test  ## the command of every experiment with a budget of 20,000 tokens: about ten minutes
+	$(BIN)/python -m pytest -n 2 -m experiments
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
