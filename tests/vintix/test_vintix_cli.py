@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from vintix_stub import SMALL, write_dataset
+from vintix_stub import SMALL
 
 from newllm.cli import main
 from newllm.vintix.settings import CONFIGS_FOLDER, VintixSettings, config_names
@@ -12,22 +12,25 @@ from newllm.vintix.settings import CONFIGS_FOLDER, VintixSettings, config_names
 FLAGS = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-@pytest.fixture(scope="module")
-def histories(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("vintix") / "histories")
-
-
-def test_train_and_evaluate(histories, tmp_path, capsys):
-    out = tmp_path / "runs"
-    assert main(["vintix", "train", str(histories), *FLAGS, "--seeds", "4", "--out", str(out)]) == 0
-    assert (out / "seed-4" / "model" / "model.safetensors").is_file()
+def test_from_nothing_to_the_report(tmp_path, monkeypatch, capsys):
+    """In the folders where the commands meet by default, the control's histories included."""
+    monkeypatch.chdir(tmp_path)
+    few = ["--train-tasks", "4", "--validation-tasks", "2", "--test-tasks", "3", "--history-steps", "48"]
+    assert main(["vintix", "collect", *few, "--score-episodes", "4"]) == 0
+    histories = "runs/vintix-point_reacher/histories"
+    flags = [*FLAGS, "--target", "demonstrator", "--jobs", "1"]
+    assert main(["vintix", "train", histories, *flags, "--seeds", "4", "--control-seeds", "0"]) == 0
+    control = json.loads((tmp_path / f"{histories}-demonstrator_only" / "metadata.json").read_text())
+    assert control["collect"]["noise_free_share"] == 1
     flags = ["--episodes", "2", "--headline-episode", "2", "--resamples", "20"]
-    assert main(["vintix", "evaluate", str(out), *flags]) == 0
+    assert main(["vintix", "evaluate", "runs/vintix-point_reacher", *flags]) == 0
     said = capsys.readouterr().out
     assert "in-context score" in said
-    assert "context_reset" in said
-    assert (out / "report.html").is_file()
-    assert json.loads((out / "evaluation.json").read_text())["command"].startswith("newllm")
+    folder = tmp_path / "runs" / "vintix-point_reacher"
+    assert (folder / "seed-4" / "model" / "model.safetensors").is_file()
+    assert (folder / "report.html").is_file()
+    curves = json.loads((folder / "evaluation.json").read_text())["families"][0]["curves"]
+    assert (curves["full"]["seeds"], curves["demonstrator_only"]["seeds"]) == ([4], [0])
 
 
 @pytest.mark.parametrize("name", config_names())
