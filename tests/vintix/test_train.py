@@ -100,7 +100,7 @@ def test_the_schedule_counts_optimizer_steps_and_decay_spares_vectors(data, tmp_
 def test_training_fits_the_demonstrator(data, tmp_path):
     """Noise-free histories leave no noise as the floor of the loss."""
     histories = write_dataset(tmp_path / "demonstrator", train_tasks=12, noise_free=True)
-    run = VintixRun(**SMALL | {"steps": 60, "evaluations": 1, "batch_size": 4}, lr=1e-2, start_share=0.0)
+    run = VintixRun(**SMALL | {"steps": 120, "evaluations": 1, "batch_size": 4}, lr=1e-2, start_share=0.0)
     train(run, [histories], tmp_path / "run")
     losses = [line["train_loss"] for line in metrics(tmp_path / "run") if "train_loss" in line]
     assert losses[-1] < 0.5 * losses[0]
