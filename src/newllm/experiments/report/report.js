@@ -55,7 +55,11 @@ function draw(id) {
   const labelled = LABELLED.includes(id);
   const curves = id !== "plot-perplexity" && !labelled;
   const traces = data.filter((trace) => !curves || !hidden.has(trace.meta.model)).map(styled);
-  if (id === "plot-perplexity" || id === "plot-cache") element.style.height = `${Math.max(360, 120 + 32 * report.figures["plot-perplexity"].layout.yaxis.tickvals.length)}px`;
+  if (id === "plot-perplexity" || id === "plot-cache") {
+    const names = report.figures["plot-perplexity"].layout.yaxis.ticktext;
+    const row = 17 + 15 * Math.max(...names.map((name) => labelLines(name).length)); // of options, a name has a line each
+    element.style.height = `${Math.max(360, 120 + row * names.length)}px`;
+  }
   const range = labelled ? { range: cacheRange(element, traces) } : {};
   const options = {
     ...layout,
