@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a check failed or something unforeseen, 2 wrong input (one
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -345,15 +346,7 @@ def bench_lagged(argv: list[str]) -> int:
     )
     from newllm.evaluation.bench_lagged_settings import LaggedBench
 
-    parser.add_settings(LaggedBench)
-    arguments = parser.parse(argv)
-    settings = parser.settings(arguments)
-    if arguments.print_config:
-        return _print_config(settings)
-    from newllm.commands.lagged_bench import run
-
-    run(settings)
-    return 0
+    return _bench(parser, LaggedBench, argv, "newllm.commands.lagged_bench:run")
 
 
 def bench_vintix(argv: list[str]) -> int:
@@ -366,15 +359,7 @@ def bench_vintix(argv: list[str]) -> int:
     )
     from newllm.vintix.settings import VintixBench
 
-    parser.add_settings(VintixBench)
-    arguments = parser.parse(argv)
-    settings = parser.settings(arguments)
-    if arguments.print_config:
-        return _print_config(settings)
-    from newllm.commands.vintix import bench
-
-    bench(settings)
-    return 0
+    return _bench(parser, VintixBench, argv, "newllm.commands.vintix:bench")
 
 
 def vintix_collect(argv: list[str]) -> int:
@@ -578,15 +563,14 @@ def _data(name: str, command: Callable[[list[str]], int], argv: list[str], sampl
     return 0
 
 
-def _bench(parser: Parser, cls: type, argv: list[str]) -> int:
+def _bench(parser: Parser, cls: type, argv: list[str], function: str = "newllm.commands.bench:run") -> int:
+    """Runs a benchmark by its settings of type cls; `function`, MODULE:NAME, is imported when it is needed."""
     parser.add_settings(cls)
     arguments = parser.parse(argv)
     settings = parser.settings(arguments)
     if arguments.print_config:
         return _print_config(settings)
-    from newllm.commands.bench import run
-
-    run(settings)
+    pkgutil.resolve_name(function)(settings)
     return 0
 
 

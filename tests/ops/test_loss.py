@@ -68,3 +68,12 @@ def test_bf16_autocast_is_as_close_as_full_logits():
     (ours,), (theirs,) = torch.autograd.grad(fused, weight), torch.autograd.grad(exact, weight)
     assert ours.dtype == torch.float32
     assert (ours - theirs).norm() / theirs.norm() < 1e-2
+
+
+def test_without_a_target_loss_and_gradients_are_zero_and_not_missing():
+    hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    total = loss.linear_cross_entropy(hidden, weight, torch.full((4,), loss.IGNORED), "sum")
+    total.backward()
+    assert total == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()

@@ -36,7 +36,7 @@ def linear_cross_entropy(
         shares: (N,) what each loss counts in the sum; default 1. They get a gradient too.
     """
     kept = targets != IGNORED
-    if reduction == "sum" and kept.sum() < len(targets) / 2:  # as where a task asks for single words
+    if reduction == "sum" and 0 < kept.sum() < len(targets) / 2:  # as where a task asks for single words
         hidden, targets = hidden[kept], targets[kept]
         shares = None if shares is None else shares[kept]
     if torch.is_autocast_enabled(hidden.device.type):

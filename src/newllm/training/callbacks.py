@@ -71,7 +71,33 @@ def out_of_patience(log_history: list[dict[str, Any]], settings: RunSettings) ->
     return bool(settings.patience) and evaluations_without_progress(log_history) >= (settings.patience or 0)
 
 
-class FlowCallback(TrainerCallback):
+class InterruptibleCallback(TrainerCallback):
+    """A flow of steps that Ctrl-C ends: a subclass saves and stops after the step that makes `interrupted` True."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    @contextlib.contextmanager
+    def saving_on_interrupt(self) -> Iterator[None]:
+        """Ctrl-C lets the step end, saves, and only then raises KeyboardInterrupt; a second one does not wait."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+            yield
+            return
+
+        def interrupt(signum: int, frame: Any) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, previous)
+
+        previous = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
+class FlowCallback(InterruptibleCallback):
     """Decides after each step whether to log, evaluate, save or stop (takes the place of DefaultFlowCallback).
 
     A checkpoint is only written where the log window ends: the Trainer's running loss is then zero, so that there is
@@ -79,8 +105,8 @@ class FlowCallback(TrainerCallback):
     """
 
     def __init__(self, settings: RunSettings, schedule: Schedule, precision: str, phase: str) -> None:
+        super().__init__()
         self.settings, self.schedule, self.precision, self.phase = settings, schedule, precision, phase
-        self.interrupted = False
         self.last_save = time.monotonic()
 
     def on_step_end(
@@ -120,28 +146,11 @@ class FlowCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last_save = time.monotonic()
 
-    @contextlib.contextmanager
-    def saving_on_interrupt(self) -> Iterator[None]:
-        """Ctrl-C lets the step end, saves, and only then raises KeyboardInterrupt; a second one does not wait."""
-        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-            yield
-            return
-
-        def interrupt(signum: int, frame: Any) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.interrupted:
-            raise KeyboardInterrupt
-
 
 class MetricsCallback(TrainerCallback):
-    """metrics.jsonl: one JSON object a line, `train_loss` or `val_loss` by step, in nats per token.
+    """metrics.jsonl: one JSON object a line, made by `line` of an entry of the Trainer's log.
+
+    By default `train_loss` or `val_loss` by step, in nats per token.
 
     A first phase has a file of its own, in its own folder; its losses are what it minimises.
 
@@ -150,19 +159,19 @@ class MetricsCallback(TrainerCallback):
     A resumed run writes the file anew from the checkpoint's history, so no step is lost or there twice.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, line: Callable[[dict[str, Any]], str] | None = None) -> None:
+        self.path, self.line = path, line or metrics_line
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         staging = self.path.with_name(self.path.name + INCOMPLETE)
-        staging.write_text("".join(metrics_line(entry) for entry in state.log_history))
+        staging.write_text("".join(map(self.line, state.log_history)))
         staging.replace(self.path)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         with self.path.open("a") as file:
-            file.write(metrics_line(state.log_history[-1]))
+            file.write(self.line(state.log_history[-1]))
 
 
 def metrics_line(entry: dict[str, Any]) -> str:

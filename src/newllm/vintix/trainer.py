@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,14 @@ from transformers import (
     DefaultFlowCallback,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
 from newllm.settings import UserError
-from newllm.training.checkpoints import INCOMPLETE, checkpoint_folder, complete_folder, remove_except
+from newllm.training.callbacks import InterruptibleCallback, MetricsCallback
+from newllm.training.checkpoints import checkpoint_folder, complete_folder, remove_except
 from newllm.training.devices import autocast, resolve_device, resolve_precision
 from newllm.vintix.model import VintixModel
 from newllm.vintix.settings import VintixRun
@@ -51,7 +49,7 @@ class VintixProgress:
     seconds_left: float
 
 
-class FlowCallback(TrainerCallback):
+class FlowCallback(InterruptibleCallback):
     """Decides after each step whether to log, evaluate, save or stop: by step alone, so that a resumed run agrees.
 
     A checkpoint is written only where a log window ends: the Trainer's running loss is then zero, and nothing of it has
@@ -59,10 +57,11 @@ class FlowCallback(TrainerCallback):
     """
 
     def __init__(self, run: VintixRun) -> None:
+        super().__init__()
         self.run = run
         self.log_every = max(1, run.steps // LOG_POINTS)
         self.evaluations = {max(1, round(n * run.steps / run.evaluations)) for n in range(1, run.evaluations + 1)}
-        self.interrupted, self.last_save = False, time.monotonic()
+        self.last_save = time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,43 +84,6 @@ class FlowCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last_save = time.monotonic()
-
-    @contextlib.contextmanager
-    def saving_on_interrupt(self) -> Iterator[None]:
-        """Ctrl-C lets the step end, saves, and only then raises KeyboardInterrupt; a second one does not wait."""
-        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-            yield
-            return
-
-        def interrupt(signum: int, frame: Any) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
-
-        previous = signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.interrupted:
-            raise KeyboardInterrupt
-
-
-class MetricsCallback(TrainerCallback):
-    """metrics.jsonl: one JSON object a line, with train_loss or score by step; written anew when a run is resumed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        staging = self.path.with_name(self.path.name + INCOMPLETE)
-        staging.write_text("".join(map(metrics_line, state.log_history)))
-        staging.replace(self.path)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(metrics_line(state.log_history[-1]))
 
 
 def metrics_line(entry: dict[str, Any]) -> str:
@@ -154,7 +116,7 @@ class VintixTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(DefaultFlowCallback)
         self.add_callback(self.flow)
-        self.add_callback(MetricsCallback(folder / "metrics.jsonl"))
+        self.add_callback(MetricsCallback(folder / "metrics.jsonl", metrics_line))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         """Item i of the data is a random window as it is: the order needs no chance of its own."""
