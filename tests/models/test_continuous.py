@@ -146,6 +146,15 @@ def test_one_model_can_be_asked_in_every_mode(mode, extra_pass, use_h1, input):
         assert (getattr(model, part).weight.grad is not None) == wanted
 
 
+def test_a_loss_beyond_all_perplexities_is_an_infinite_one_and_no_error():
+    model, ids = make("continuous_fuse"), torch.randint(61, (2, 6))
+    with torch.no_grad():
+        model.head.weight.mul_(1e5)
+    loss, stats = model.compute_loss(ids, ids)
+    assert stats["loss"] == loss.item() > 710
+    assert stats["ppl"] == math.inf
+
+
 def test_the_loss_goes_on_from_given_states():
     model, ids = make("continuous_fuse"), torch.randint(61, (2, 9))
     loss, stats = model.compute_loss(ids, ids, passes=3)

@@ -7,7 +7,6 @@ the way? Here the state itself, projected, is what token t is read as (`input: r
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -184,8 +183,8 @@ class ContinuousLM(ManyPassesLM, RecurrentLM):
             h = iteration(before)
             residual = float((h.detach() - before).norm() / h.detach().norm())
         loss = self.loss_of(self.norm(h), labels)
-        nats = float(loss.detach())
-        stats = {"loss": nats, "ppl": math.exp(nats), "tokens": int((labels[:, 1:] != -100).sum())}
+        nats = loss.detach().double()  # whose exponential is infinite where it leaves float64, and no error
+        stats = {"loss": float(nats), "ppl": float(nats.exp()), "tokens": int((labels[:, 1:] != -100).sum())}
         return loss, stats | {"passes": passes, "residual": residual, "states": h.detach()}
 
     def _route(self, mode: str | None, extra_pass: bool | None, use_h1: bool | None) -> tuple[str, int, bool]:
