@@ -5,7 +5,16 @@ from results_fixture import make_results
 
 from newllm.experiments.report import write_report
 from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
-from newllm.experiments.results import summarise, write_results
+from newllm.experiments.results import read_results, summarise, write_results
+
+
+def section(folder, made):
+    """The report's section as text: its paragraph in HTML, its paragraph in Markdown, and the rows of the latter."""
+    write_results(folder, made)
+    html = write_report(folder)
+    markdown = html.with_suffix(".md").read_text().split("## Models that feed a state back")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("| ")]
+    return html.read_text().split('id="recurrence"')[1].split("</p>")[0], markdown, rows
 
 
 def results():
@@ -52,3 +61,44 @@ def test_plots_have_passes_and_the_truth():
     assert len(plots["plot-residual"]["data"]) == 2
     assert recurrence_plots(summarise(make_results())) == {}
     assert recurrence_section(summarise(make_results())) is None
+
+
+def test_figures_that_are_all_infinite_are_dashes(tmp_path):
+    made = results()
+    for row in made["rows"]:
+        for record in (row["recurrence"] or {}).get("passes", []):
+            record["ppl"] = float("inf")
+    _, _, rows = section(tmp_path, made)
+    assert rows[0] == ["Model", "k = 1", "k = 2", "k = 8", "True", "Residual, k = 1", "Residual, k = 8"]
+    gqa = next(row for row in rows if row[0] == "gqa")
+    assert gqa[1:4] == ["—"] * 3
+    assert gqa[4].startswith("81.00")
+    assert gqa[5:] == ["0.500", "0.004"]
+    plots = recurrence_plots(summarise(read_results(tmp_path)))
+    assert [line["x"] for line in plots["plot-recurrence"]["data"]] == [["true"]] * 2
+    for row in made["rows"]:
+        if row["recurrence"]:
+            row["recurrence"]["ppl"] = float("nan")
+    _, _, rows = section(tmp_path, made)
+    assert [row[1:5] for row in rows[1:]] == [["—"] * 4] * 2
+    assert "plot-recurrence" not in recurrence_plots(summarise(read_results(tmp_path)))
+
+
+def test_what_is_said_of_a_discrete_pass_is_said_of_the_first(tmp_path):
+    made = results()
+    for row in made["rows"]:
+        if row["recurrence"]:
+            row["recurrence"]["passes"][0]["ppl"] = None
+    write_results(tmp_path, made)
+    assert "Perplexity with states of a discrete pass" not in write_report(tmp_path).with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("step_by_step", [None, False, True])
+def test_it_is_said_how_the_models_were_trained(tmp_path, step_by_step):
+    made = results()
+    if step_by_step is not None:
+        made["settings"]["step_by_step"] = step_by_step
+    html, markdown, _ = section(tmp_path, made)
+    for text in (html, markdown):
+        assert ("trained in parallel" in text) == (not step_by_step)
+        assert ("trained by it too, one token after the other" in text) == bool(step_by_step)

@@ -29,3 +29,16 @@ def test_selective_output_is_told_only_where_there_is_any(tmp_path, chosen):
     if chosen:
         assert "| gqa | 655.25 | 41.75 | 0.131 | 25.0; 75.0 | 812.40; 644.50 |" in markdown
         assert "| pythia | 655.25 | 41.75 | 1.000 |" in markdown
+
+
+def test_perplexities_that_came_out_infinite_are_dashes(tmp_path):
+    results = make_results(seeds=2, models=4)
+    for row in results["rows"]:
+        figures = record(must_emit=False) if row["model"] == "gqa" else None
+        if figures:
+            figures["ppl"] = figures["passes"][0]["ppl"] = float("inf")
+            figures["weighted_ppl"] = float("inf") if row["seed"] else 41.75
+        row["selective"] = figures
+    write_results(tmp_path, results)
+    write_report(tmp_path)
+    assert "| gqa | — | 41.75 | 0.131 | 25.0; 75.0 | —; 644.50 |" in (tmp_path / "report.md").read_text()

@@ -17,11 +17,17 @@ def measured(summaries: list[ModelSummary]) -> list[ModelSummary]:
     return [s for s in ranked(summaries) if s.valid and any(row.get(KEY) for row in s.rows)]
 
 
+def numbers(summaries: list[ModelSummary]) -> list[str]:
+    """The numbers of passes that were measured, whether or not anything finite came out."""
+    records = [row[KEY] for summary in summaries for row in summary.rows if row.get(KEY)]
+    return list(dict.fromkeys(str(entry["passes"]) for record in records for entry in record["passes"]))
+
+
 def after(summary: ModelSummary, which: str = "ppl") -> dict[str, Estimate]:
     """Perplexity or residual over seeds, by number of passes as text."""
     found: dict[str, list[float]] = {}
     for row in summary.rows:
-        for record in (row.get(KEY) or {}).get("passes", []):
+        for record in row[KEY]["passes"] if row.get(KEY) else []:
             if record[which] is not None:  # null where it came out infinite
                 found.setdefault(str(record["passes"]), []).append(record[which])
     return {passes: value for passes, values in found.items() if (value := estimate(values))}
@@ -40,10 +46,11 @@ def recurrence_plots(summaries: list[ModelSummary]) -> dict[str, Figure]:
         model, name = summaries.index(summary), label(summary.model)
         truth = true(summary)
         points = after(summary) | ({TRUE: truth} if truth else {})
-        values = list(points.values())
-        y, hover = [value.mean for value in values], f"<b>{name}</b>, %{{x}}<br>%{{y:.2f}}<extra></extra>"
-        bars = error_bars(values)
-        lines.append(trace(model, "line", list(points), y, mode="lines+markers", error_y=bars, hovertemplate=hover))
+        if points:
+            values = list(points.values())
+            y, hover = [value.mean for value in values], f"<b>{name}</b>, %{{x}}<br>%{{y:.2f}}<extra></extra>"
+            bars = error_bars(values)
+            lines.append(trace(model, "line", list(points), y, mode="lines+markers", error_y=bars, hovertemplate=hover))
         if curve := curves(summary, "residual"):
             x, y = thin_out(curve)
             hover = f"<b>{name}</b>, %{{x:,.0f}} tokens<br>%{{y:.3f}}<extra></extra>"
@@ -61,9 +68,12 @@ def recurrence_plots(summaries: list[ModelSummary]) -> dict[str, Figure]:
 
 
 def recurrence_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
-    """A row for each such model: perplexity after each number of passes and true, first and last residual; or None."""
+    """A row for each such model: perplexity after each number of passes and true, first and last residual; or None.
+
+    A dash stands where a figure came out infinite.
+    """
     shown = measured(summaries)
-    passes = list(dict.fromkeys(count for summary in shown for count in after(summary)))
+    passes = numbers(shown)
     rows = []
     for summary in shown:
         by_passes, residual = after(summary), after(summary, "residual")

@@ -36,7 +36,7 @@ def cells(records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _mean(records: list[dict[str, Any]], figure: Callable[[dict[str, Any]], float], places: int) -> str:
-    mean = estimate(map(figure, records))
-    assert mean is not None
-    return with_interval(number(mean.mean, places), mean, places)
+def _mean(records: list[dict[str, Any]], figure: Callable[[dict[str, Any]], float | None], places: int) -> str:
+    """A dash where a perplexity was infinite."""
+    mean = estimate(value for value in map(figure, records) if value is not None)
+    return "—" if mean is None else with_interval(number(mean.mean, places), mean, places)

@@ -160,7 +160,8 @@ def _recurrence(shown: list[ModelSummary]) -> str:
     """What states of a discrete pass make of a model that feeds a state back, beside what it is by itself."""
     said = []
     for summary in recurrence.measured(shown):
-        first, truth = next(iter(recurrence.after(summary).values()), None), recurrence.true(summary)
+        fewest = recurrence.numbers([summary])[0]
+        first, truth = recurrence.after(summary).get(fewest), recurrence.true(summary)
         if first and truth:
             said.append(f"{summary.model} {number(first.mean, 2)} and {number(truth.mean, 2)}")
     if not said:
@@ -212,7 +213,8 @@ def failed_checks(summary: ModelSummary) -> list[str]:
 
 def why_invalid(summary: ModelSummary) -> str:
     failed = failed_checks(summary)
-    leak = " It sees the tokens it should predict." if "future" in failed else ""
+    sees_ahead = "future" in {name.split(",")[0] for name in failed}
+    leak = " It sees the tokens it should predict." if sees_ahead else ""
     return f"It fails: {', '.join(failed)}.{leak} Its perplexity means nothing and is left out of every comparison."
 
 
