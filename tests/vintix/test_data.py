@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.settings import UserError
-from newllm.vintix.data import KEYS, METADATA, Histories, History, HistoryDataset, read_histories, read_history
+from newllm.vintix.data import KEYS, METADATA, READ, Histories, History, HistoryDataset, read_histories, read_history
 from newllm.vintix.data import write_history as write
 
 
@@ -105,6 +105,20 @@ def damage_width(path):
         file["0-9"]["action"] = np.zeros((10, 3), dtype=np.float32)
 
 
+def damage_key_is_group(path):
+    with h5py.File(path, "a") as file:
+        del file["10-19"]["reward"]
+        file["10-19"].create_group("reward")
+
+
+def damage_kind(path):
+    with h5py.File(path, "a") as file:
+        for name in file:
+            steps = len(file[name]["reward"])
+            del file[name]["reward"]
+            file[name]["reward"] = np.full(steps, b"1.0")
+
+
 def damage_numbers(path):
     with h5py.File(path, "a") as file:
         file["0-9"]["reward"][3] = np.nan
@@ -135,11 +149,19 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path_factory, where, bit):
         assert np.array_equal(back.reward, history(25).reward)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}', '{"format": 1}'])
 def test_a_folder_without_sound_metadata_is_refused_with_its_name(tmp_path, content):
     if content is not None:
         (tmp_path / METADATA).write_text(content)
     with pytest.raises(UserError, match=tmp_path.name):
+        read_histories(tmp_path)
+
+
+def test_metadata_that_lack_something_are_refused_by_what_they_lack(tmp_path):
+    metadata = dict.fromkeys(READ, 0) | {"format": 1}
+    del metadata["reward_scale"]
+    (tmp_path / METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match=rf"{METADATA}: incomplete: it lacks reward_scale;"):
         read_histories(tmp_path)
 
 
@@ -148,6 +170,7 @@ def test_histories_are_normalised_by_what_the_metadata_say(tmp_path):
     metadata = {"format": 1, "name": "x", "observation_dim": 3, "action_dim": 2, "reward_scale": 2.0}
     metadata |= {"observation_mean": [1.0, 2.0, 3.0], "observation_std": [1.0, 2.0, 4.0]}
     metadata |= {"histories": [{"file": "a.h5", "task": 0, "steps": 12}]}
+    metadata |= {"family": {}, "action_low": [-1, -1], "action_high": [1, 1], "tasks": {}, "collect": {}}
     (tmp_path / METADATA).write_text(json.dumps(metadata))
     read = read_histories(tmp_path)
     assert np.allclose(read.observation[0] * [1, 2, 4] + [1, 2, 3], history(12).observation, atol=1e-6)

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from vintix_stub import SMALL, group, small_model, write_dataset
 
 from newllm.settings import UserError
+from newllm.vintix.data import read_histories
 from newllm.vintix.environments import from_spec
 from newllm.vintix.evaluate import evaluate
 from newllm.vintix.inference import VintixEngine
@@ -141,6 +142,19 @@ def test_report_of_several_seeds_and_a_control(data, tmp_path):
     assert "context reset" in html
     assert html.count('<svg class="plane"') == 4
     assert not re.search(r'(src|href)="https?:', html.split("<script")[0])
+
+
+def test_test_tasks_begin_in_states_that_training_has_not_begun_in(tmp_path):
+    """Where the environments of a vector are seeded one by one, and all seeds of the settings are the same."""
+    data = write_dataset(tmp_path / "histories", environment="pendulum", train_tasks=8)
+    train(VintixRun(**SMALL), [data], tmp_path / "run")
+    settings = VintixSettings(episodes=1, headline_episode=1, resamples=2, strip_tasks=5)
+    results = json.loads(evaluate([tmp_path / "run"], settings, tmp_path, "", lambda line: None).read_text())
+    first = [strip["observations"][0] for strip in results["families"][0]["strips"]]
+    histories = read_histories(data)
+    mean, std = (np.array(histories.metadata[key]) for key in ("observation_mean", "observation_std"))
+    begun = histories.observation[histories.step_num == 0] * std + mean
+    assert np.abs(np.array(first)[:, None] - begun).max(axis=-1).min() > 1e-3
 
 
 def test_what_cannot_be_evaluated_is_refused(data, tmp_path):

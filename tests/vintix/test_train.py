@@ -11,6 +11,7 @@ from vintix_stub import write_dataset
 from newllm.settings import UserError
 from newllm.vintix import train as module
 from newllm.vintix.data import HistoryDataset
+from newllm.vintix.environments import TaskFamily
 from newllm.vintix.model import VintixModel
 from newllm.vintix.settings import VintixRun
 from newllm.vintix.train import train
@@ -77,6 +78,22 @@ def test_the_weights_that_play_best_are_kept(data, tmp_path, monkeypatch):
     assert (result.best_score, result.best_step) == (0.7, 4)
     kept = VintixModel.from_pretrained(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(kept[name], played[1][name]) for name in kept)
+
+
+def test_training_plays_validation_tasks_and_never_a_test_task(data, tmp_path, monkeypatch):
+    made = []
+
+    def make(family, task_ids, seed):
+        made.append((family.task_ids("validation").tolist(), family.task_ids("test").tolist(), task_ids.tolist()))
+        return original(family, task_ids, seed)
+
+    original = TaskFamily.make
+    monkeypatch.setattr(TaskFamily, "make", make)
+    train(VintixRun(**SMALL | {"target": "demonstrator"}), [data], tmp_path / "run")
+    assert len(made) == SMALL["evaluations"]
+    for validation, test, played in made:
+        assert played == validation
+        assert not set(played) & set(test)
 
 
 def test_the_schedule_counts_optimizer_steps_and_decay_spares_vectors(data, tmp_path):

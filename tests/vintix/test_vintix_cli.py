@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from vintix_stub import SMALL
+from vintix_stub import SMALL, write_dataset
 
 from newllm.cli import main
 from newllm.vintix.settings import CONFIGS_FOLDER, VintixSettings, config_names
@@ -53,14 +53,53 @@ def test_configs_hold_settings_that_fit_together(name, capsys):
         (["train", "x", "--stepz", "1"], "--steps"),
         (["train", "x", "--config", "tinny"], "tinny"),
         (["evaluate", "x", "--headline-episode", "99"], "--headline-episode is 99"),
+        (["collect", "--collect-seed", "-1"], "--collect-seed is -1: a seed is a whole number from 0"),
+        (["train", "x", "--seeds", "0", "-1"], "--seeds is [0, -1]: a seed is a whole number from 0"),
+        (["train", "x", "--control-seeds", "5000000000"], "--control-seeds is [5000000000]: a seed"),
+        (["train", "x", "--weight-decay", "-1"], "--weight-decay is -1.0: it must be at least 0"),
+        (["train", "x", "--max-grad-norm", "-1"], "--max-grad-norm is -1.0: it must be at least 0"),
+        (["evaluate", "x", "--evaluate-seed", "-1"], "--evaluate-seed is -1: a seed is a whole number from 0"),
+        (["evaluate", "x", "--threads", "0"], "--threads is 0: it must be at least 1"),
+        (["train", "file.txt"], "file.txt: no folder with a metadata.json"),
+        (["evaluate", "file.txt"], "file.txt: no such folder"),
+        (["train", "half"], "half/metadata.json: incomplete: it lacks name, family"),
     ],
 )
 def test_what_is_wrong_takes_one_line(argv, message, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "metadata.json").write_text('{"format": 1}')
+    complain(["vintix", *argv], message, capsys, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-heads", "0"], "--num-heads is 0: it must be at least 1"),
+        (["--hidden-size", "30"], "--hidden-size is 30: it must be"),
+        (["--threads", "0"], "--threads is 0: it must be at least 1"),
+        (["--laps", "0"], "--laps is [0]: give whole numbers of at least 1"),
+    ],
+)
+def test_what_is_wrong_with_a_benchmark_takes_one_line(argv, message, capsys, tmp_path, monkeypatch):
+    complain(["bench", "vintix", *argv], message, capsys, tmp_path, monkeypatch)
+
+
+def complain(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["vintix", *argv]) == 2
+    assert main(argv) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_controls_histories_stand_beside_the_folder_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_dataset(tmp_path / "histories", train_tasks=2))
+    assert (
+        main(["vintix", "train", ".", *FLAGS, "--jobs", "1", "--seeds", "--control-seeds", "0", "--out", "../r"]) == 0
+    )
+    assert (tmp_path / "histories-demonstrator_only" / "metadata.json").is_file()
+    assert (tmp_path / "r" / "demonstrator_only-0" / "model").is_dir()
 
 
 def test_bench_prints_a_table_and_a_json_line(capsys):

@@ -77,6 +77,7 @@ def _control_histories(folder: Path) -> Path:
     from newllm.vintix.data import read_metadata
 
     values = read_metadata(folder)["collect"]
+    folder = Path(os.path.abspath(folder))  # "." has no name of its own
     control = folder.with_name(folder.name + CONTROL)
     run(CollectSettings(**values | {"noise_free_share": 1.0}), control)
     return control

@@ -14,7 +14,7 @@ import torch
 from newllm.training.devices import machine_info, resolve_device, set_threads
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.model import VintixConfig, VintixModel, group_spec
-from newllm.vintix.settings import VintixBench
+from newllm.vintix.settings import VintixBench, model_values
 
 
 def bench_vintix(settings: VintixBench, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -62,9 +62,8 @@ def bench_vintix(settings: VintixBench, progress: Callable[[str], None]) -> dict
 
 def _model(settings: VintixBench) -> VintixModel:
     o, a = settings.observation_size, settings.action_size
-    names = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "context")
     group = group_spec("bench", [0.0] * o, [1.0] * o, [-1.0] * a, [1.0] * a)
-    return VintixModel(VintixConfig(groups=[group], **{name: getattr(settings, name) for name in names})).eval()
+    return VintixModel(VintixConfig(groups=[group], **model_values(settings))).eval()
 
 
 def _window(settings: VintixBench, device: torch.device) -> dict[str, torch.Tensor]:

@@ -23,7 +23,13 @@ from newllm.vintix import require
 METADATA = "metadata.json"
 FORMAT = 1
 """Raised whenever older folders could not be read as they are."""
-KEYS = ("proprio_observation", "action", "reward", "step_num")
+COLUMNS = {"proprio_observation": np.float32, "action": np.float32, "reward": np.float32, "step_num": np.int32}
+KEYS = tuple(COLUMNS)
+READ = (
+    *("name", "family", "observation_dim", "action_dim", "action_low", "action_high"),
+    *("observation_mean", "observation_std", "reward_scale", "tasks", "collect", "histories"),
+)
+"""Of the metadata, what training and evaluation need."""
 
 
 @dataclass
@@ -65,7 +71,13 @@ def read_history(path: Path, steps: int, observation_size: int, action_size: int
         columns = {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {_AGAIN}") from None
-    except (OSError, KeyError, ValueError, RuntimeError) as error:  # each kind of damage shows in its own way
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # damage shows in many ways
         raise UserError(f"{path}: broken: {error}; {_AGAIN}") from None
     if names != [f"{first}-{end - 1}" for first, end in zip([0, *firsts[1:]], [*firsts[1:], steps], strict=True)]:
         raise UserError(
@@ -73,6 +85,8 @@ def read_history(path: Path, steps: int, observation_size: int, action_size: int
         )
     shapes = dict(zip(KEYS, ((steps, observation_size), (steps, action_size), (steps,), (steps,)), strict=True))
     for key, shape in shapes.items():
+        if columns[key].dtype != COLUMNS[key]:
+            raise UserError(f"{path}: {key} is {columns[key].dtype}, not {np.dtype(COLUMNS[key])}; {_AGAIN}")
         if columns[key].shape != shape:
             raise UserError(f"{path}: {key} has the shape {columns[key].shape}, not {shape}; {_AGAIN}")
         if not np.isfinite(columns[key]).all():
@@ -116,12 +130,14 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / METADATA
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no {METADATA} there; make histories with newllm vintix collect") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no folder with a {METADATA}; make histories with newllm vintix collect") from None
     except ValueError:
         raise UserError(f"{path}: broken: not valid JSON; {_AGAIN}") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not the metadata of histories in format {FORMAT}; {_AGAIN}")
+    if missing := [key for key in READ if key not in metadata]:
+        raise UserError(f"{path}: incomplete: it lacks {', '.join(missing)}; {_AGAIN}")
     return metadata
 
 

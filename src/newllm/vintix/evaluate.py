@@ -25,6 +25,9 @@ from newllm.vintix.settings import VintixEvaluateSettings, VintixSettings
 EVALUATION_FILE = "evaluation.json"
 CONTROLS = ("full", "context_reset", "reward_masked")  # how a model that has seen learning plays
 PLACES = 4  # decimals of stored scores
+# Added to --evaluate-seed. Row i of an environment may begin as seed + i says, so it lies far beyond all seeds that
+# histories, measured play and validation begin with: test tasks begin in states of their own.
+EVALUATION_SEED = 2**32
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def _evaluate_family(
     """Curves of all ways to play one family's test tasks, and what the report draws of the first model's play."""
     family = from_spec(metadata["family"])
     task_ids, tasks, seed = family.task_ids("test"), metadata["tasks"]["test"], settings.evaluate_seed
+    start = EVALUATION_SEED + seed
     scores: dict[str, list[np.ndarray]] = {}
     seeds: dict[str, list[int]] = {}
     strips: list[dict[str, Any]] = []
@@ -135,7 +139,7 @@ def _evaluate_family(
             engine = VintixEngine(model, len(task_ids), names.index(metadata["name"]), settings.evaluate_context)
             options = {} if control == "full" else {control: True}
             recorded = settings.strip_tasks if control == "full" and not scores else 0
-            played = play(agent(engine, **options), family, task_ids, settings.episodes, seed, recorded)
+            played = play(agent(engine, **options), family, task_ids, settings.episodes, start, recorded)
             name = "demonstrator_only" if run.demonstrator_only else control
             scores.setdefault(name, []).append(normalised(played.returns, tasks))
             seeds.setdefault(name, []).append(run.seed)
@@ -154,7 +158,7 @@ def _evaluate_family(
         "blind": family.blind(task_ids),
         "demonstrator": family.demonstrator(task_ids),
     }.items():
-        played = play(without_memory(policy), family, task_ids, settings.episodes, seed)
+        played = play(without_memory(policy), family, task_ids, settings.episodes, start)
         scores[name] = [normalised(played.returns, tasks)]
         seeds[name] = []
     return {

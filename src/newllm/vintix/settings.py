@@ -9,11 +9,13 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from newllm.settings import Precision, UserError
 
 CONFIGS_FOLDER = Path(__file__).parent / "configs"
+SEEDS = 2**31
+"""Every seed a user gives lies below it; `evaluate.EVALUATION_SEED` is beyond."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +51,7 @@ class CollectSettings:
             _at_least(self, name, 1)
         for name in ("score_episodes", "group_steps"):
             _at_least(self, name, 1)
+        _seeds(self, "collect_seed")
         if not self.noise_power > 0:
             raise UserError(f"--noise-power is {self.noise_power}: it must be greater than 0")
         if not 0 <= self.noise_free_share <= 1:
@@ -148,6 +151,8 @@ class VintixTrainSettings:
         for name in ("threads", "jobs"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
+        for name in ("weight_decay", "max_grad_norm"):
+            _at_least(self, name, 0)
         for name in ("warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
             _share(self, name)
         if not 0 <= self.start_share <= 1:
@@ -156,6 +161,7 @@ class VintixTrainSettings:
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be greater than 0")
         for name in ("seeds", "control_seeds"):
+            _seeds(self, name)
             seeds = getattr(self, name)
             if len(set(seeds)) < len(seeds):
                 raise UserError(f"--{name.replace('_', '-')} is {seeds}: each seed only once")
@@ -174,9 +180,10 @@ class VintixEvaluateSettings:
     evaluate_context: int | None = None
     """Steps the model sees when it acts; None: as many as in training."""
     evaluate_seed: int = 0
-    """Seed of the starting states of the test tasks and of the bootstrap; none that training has used."""
+    """Seed of the starting states of the test tasks and of the bootstrap. Whatever it is, the states are none that
+    histories or validation begin in."""
     resamples: int = 2000
-    """Bootstrap samples of tasks and seeds that the 95 % intervals are made of."""
+    """Bootstrap samples of tasks, and of seeds where there are several, that the 95 % intervals are made of."""
     strip_tasks: int = 3
     """Test tasks whose first and last episode the report draws."""
 
@@ -186,6 +193,7 @@ class VintixEvaluateSettings:
             _at_least(self, name, 1)
         if self.evaluate_context is not None:
             _at_least(self, "evaluate_context", 1)
+        _seeds(self, "evaluate_seed")
         if self.headline_episode > self.episodes:
             raise UserError(
                 f"--headline-episode is {self.headline_episode}: it must be one of the {self.episodes} --episodes"
@@ -195,6 +203,12 @@ class VintixEvaluateSettings:
 @dataclass(kw_only=True)
 class VintixSettings(CollectSettings, VintixModelSettings, VintixTrainSettings, VintixEvaluateSettings):
     """All that a config file may hold."""
+
+    def check_evaluate(self) -> None:
+        """Also of --threads, which evaluation shares with training."""
+        super().check_evaluate()
+        if self.threads is not None:
+            _at_least(self, "threads", 1)
 
 
 @dataclass(kw_only=True)
@@ -223,23 +237,13 @@ class VintixRun(VintixSettings):
 
 
 @dataclass(kw_only=True)
-class VintixBench:
+class VintixBench(VintixModelSettings):
     """`newllm bench vintix`: the shape is that of config `small`."""
 
-    hidden_size: int = 256
-    """Width D of the residual stream."""
-    num_layers: int = 3
-    """Number of blocks."""
-    num_heads: int = 4
-    """Attention heads."""
-    intermediate_size: int = 128
-    """Width of the MLP."""
     observation_size: int = 4
     """Numbers of an observation."""
     action_size: int = 2
     """Numbers of an action."""
-    context: int = 2048
-    """Steps that are remembered."""
     environments: int = 32
     """Environments that are acted in at once."""
     laps: list[int] = field(default_factory=lambda: [1, 2, 4])
@@ -255,8 +259,11 @@ class VintixBench:
 
     def check(self) -> None:
         """Raises UserError for a value out of range, before anything starts."""
-        for name in ("observation_size", "action_size", "context", "environments", "rounds", "steps"):
+        self.check_model()
+        for name in ("observation_size", "action_size", "environments", "rounds", "steps"):
             _at_least(self, name, 1)
+        if self.threads is not None:
+            _at_least(self, "threads", 1)
         if not self.laps or min(self.laps) < 1:
             raise UserError(f"--laps is {self.laps}: give whole numbers of at least 1")
 
@@ -277,6 +284,18 @@ def _at_least(settings: object, name: str, least: int) -> None:
         raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
 
 
-def collect_values(settings: CollectSettings) -> dict[str, object]:
+def _seeds(settings: object, name: str) -> None:
+    """Of a field that holds one seed or several."""
+    value = getattr(settings, name)
+    if any(not 0 <= seed < SEEDS for seed in (value if isinstance(value, list) else [value])):
+        raise UserError(f"--{name.replace('_', '-')} is {value}: a seed is a whole number from 0 to {SEEDS - 1}")
+
+
+def model_values(settings: VintixModelSettings) -> dict[str, Any]:
+    """The fields of VintixModelSettings alone, by name."""
+    return {f.name: getattr(settings, f.name) for f in fields(VintixModelSettings)}
+
+
+def collect_values(settings: CollectSettings) -> dict[str, Any]:
     """What the histories depend on, by name: the fields of CollectSettings alone."""
     return {f.name: getattr(settings, f.name) for f in fields(CollectSettings)}

@@ -7,7 +7,6 @@ score best there are kept. Test tasks are never seen here.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from newllm.vintix.environments import from_spec
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.model import GROUP_KEYS, VintixConfig, VintixModel
 from newllm.vintix.play import agent, interquartile_mean, normalised, play
-from newllm.vintix.settings import VintixModelSettings, VintixRun
+from newllm.vintix.settings import VintixModelSettings, VintixRun, model_values
 from newllm.vintix.trainer import WEIGHTS, VintixProgress, VintixTrainer, read_state
 
 DATA_FILE = "data.json"
@@ -137,8 +136,7 @@ def new_model(settings: VintixModelSettings, data: list[Histories]) -> VintixMod
     """An untrained model with a group for each dataset."""
     statistics = GROUP_KEYS[1:]
     groups = [{"name": histories.name} | {key: histories.metadata[key] for key in statistics} for histories in data]
-    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(VintixModelSettings)}
-    return VintixModel(VintixConfig(groups=groups, **values))
+    return VintixModel(VintixConfig(groups=groups, **model_values(settings)))
 
 
 def stack(items: list[dict[str, Any]]) -> dict[str, Any]:
