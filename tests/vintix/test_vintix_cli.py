@@ -95,9 +95,8 @@ def complain(argv, message, capsys, tmp_path, monkeypatch):
 
 def test_the_controls_histories_stand_beside_the_folder_one_is_in(tmp_path, monkeypatch):
     monkeypatch.chdir(write_dataset(tmp_path / "histories", train_tasks=2))
-    assert (
-        main(["vintix", "train", ".", *FLAGS, "--jobs", "1", "--seeds", "--control-seeds", "0", "--out", "../r"]) == 0
-    )
+    flags = [*FLAGS, "--jobs", "1", "--seeds", "--control-seeds", "0", "--out", "../r"]
+    assert main(["vintix", "train", ".", *flags]) == 0
     assert (tmp_path / "histories-demonstrator_only" / "metadata.json").is_file()
     assert (tmp_path / "r" / "demonstrator_only-0" / "model").is_dir()
 

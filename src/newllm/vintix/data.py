@@ -71,13 +71,7 @@ def read_history(path: Path, steps: int, observation_size: int, action_size: int
         columns = {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {_AGAIN}") from None
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # damage shows in many ways
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # damage shows in many ways
         raise UserError(f"{path}: broken: {error}; {_AGAIN}") from None
     if names != [f"{first}-{end - 1}" for first, end in zip([0, *firsts[1:]], [*firsts[1:], steps], strict=True)]:
         raise UserError(
