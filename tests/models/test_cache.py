@@ -41,21 +41,31 @@ def test_any_streams_in_any_chunks_are_read_as_they_were_written(sizes, window, 
     names = tuple(f"stream{n}" for n in range(len(widths)))
     streams = [torch.randn(2, N, total, d) for N, d in widths]
     everything = [as_read(x, precision) for x in streams]
-    mask = torch.rand(2, total) > 0.3 if padded else None
+    real = torch.rand(2, total) > 0.3 if padded else torch.ones(2, total, dtype=torch.bool)
+    mask = real if padded else None
     state, stop = state_of(precision, names, window), 0
     for size in sizes:
         start, stop = stop, stop + size
         *read, visible = state.update(
             *(x[:, :, start:stop] for x in streams), mask=None if mask is None else mask[:, :stop]
         )
-        first = 0 if window is None else max(0, start - window + 1)  # what the chunk's first token sees
+        first = first_kept(real[:, :start], window)  # what the chunk's first token sees
         for x, expected in zip(read, everything, strict=True):
             assert torch.equal(x, expected[:, :, first:stop])
         assert visible is None if mask is None else torch.equal(visible, mask[:, first:stop])
-    kept = total if window is None else min(total, window - 1)
+    kept = total - first_kept(real, window)
     per_token = sum(N * (as_bytes(d, precision)) for N, d in widths)
     assert sum(t.nbytes for t in state.tensors().values()) == 2 * kept * per_token
     assert state.seen == total
+
+
+def first_kept(real, window):
+    """The first of the tokens read so far that is kept: every row's last W − 1 real ones are, and at least W − 1."""
+    total = real.shape[1]
+    if window is None:
+        return 0
+    firsts = [row.nonzero()[:, 0].tolist()[-(window - 1) :][0] for row in real if window > 1 and row.any()]
+    return max(0, min([total - window + 1, *firsts]))
 
 
 def as_bytes(d, precision):

@@ -16,7 +16,7 @@ def cases(draw):
     S = T + draw(st.integers(0, 9))
     slopes = draw(st.sampled_from([None, "uniform", "geometric"]))
     window = draw(st.one_of(st.none(), st.integers(1, 20)))
-    return heads, T, S, draw(st.sampled_from([5, 8, 11])), slopes, window, draw(st.booleans())
+    return heads, T, S, draw(st.sampled_from([5, 8, 11])), slopes, window, draw(st.sampled_from([None, "left", "any"]))
 
 
 @given(case=cases(), block=st.sampled_from([1, 3, 4, 512]), direct=st.sampled_from([0, 2, 8]))
@@ -25,13 +25,30 @@ def test_equals_its_naive_twin(case, block, direct):
     slopes = {None: None, "uniform": torch.tensor([0.3]), "geometric": torch.exp2(-torch.arange(1.0, H + 1))}[scheme]
     q = torch.randn(2, H, T, 8, dtype=torch.float64)
     k, v = (torch.randn(2, Hk, S, size, dtype=torch.float64) for size in (8, value_size))
-    mask = torch.arange(S).expand(2, S) >= torch.tensor([[0], [min(2, S - 1)]]) if padded else None
+    left = torch.arange(S).expand(2, S) >= torch.tensor([[0], [min(2, S - 1)]])
+    mask = {None: None, "left": left, "any": torch.rand(2, S) < 0.7}[padded]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
         patch.setattr(attention, "DIRECT_QUERIES", direct)
         fast = attention.causal_attention(q, k, v, slopes=slopes, window=window, mask=mask)
     slow = reference.attention(q, k, v, slopes=slopes, window=window, mask=mask)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+
+
+@given(
+    pads=st.lists(st.integers(0, 4), min_size=2, max_size=2), T=st.integers(1, 12), window=st.none() | st.integers(1, 9)
+)
+def test_padding_anywhere_takes_no_place(pads, T, window):
+    """Of 12 real tokens some are padded away from the others; the last T are queries."""
+    q, k, v = (torch.randn(1, 2, 12, 8, dtype=torch.float64) for _ in range(3))
+    options = {"slopes": torch.tensor([0.5, 0.1]), "window": window}
+    expected = attention.causal_attention(q[:, :, 12 - T :], k, v, **options)
+    where = [*range(pads[0], pads[0] + 5), *range(pads[0] + 5 + pads[1], pads[0] + pads[1] + 12)]
+    width = 12 + sum(pads)
+    mask = torch.zeros(1, width, dtype=torch.bool).index_fill(1, torch.tensor(where), True)
+    wide = [torch.randn(1, 2, width, 8, dtype=torch.float64).index_copy(2, torch.tensor(where), x) for x in (q, k, v)]
+    padded = attention.causal_attention(wide[0][:, :, where[12 - T] :], *wide[1:], mask=mask, **options)
+    torch.testing.assert_close(padded[:, :, mask[0, where[12 - T] :]], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_alibi_bias_stays_exact_in_bf16():

@@ -27,6 +27,7 @@ def causal_attention(
     """softmax_j(scale · q_i·k_j − m_h·(i − j)) v_j over j ≤ i.
 
     The T queries are the last T of S tokens: query t is token i = S − T + t. The query is the row, the key the column.
+    The distance i − j is in real tokens: padding between two of them, where a row reads on after it, takes no place.
 
     Args:
         q: (B, H, T, d) queries.
@@ -50,7 +51,7 @@ def causal_attention(
     for start in range(0, T, BLOCK):
         stop = min(start + BLOCK, T)
         last = S - T + stop  # keys behind the block's last query are invisible to all of it
-        first = 0 if window is None else max(0, S - T + start - window + 1)
+        first = 0 if window is None else _first_seen(S - T + start, window, mask)
         bias = additive_mask(
             stop - start, last - first, slopes, window, None if mask is None else mask[:, first:last], q
         )
@@ -65,21 +66,30 @@ def additive_mask(
 
     Float32 (float64 for float64 models): a bias of hundreds of nats rounded to bf16 would be off by whole nats.
     """
-    query = torch.arange(S - T, S, device=like.device)[:, None]
-    distance = query - torch.arange(S, device=like.device)  # (T, S), i − j
-    visible = distance >= 0
+    slots = torch.arange(S, device=like.device)
+    after = slots[S - T :, None] - slots  # (T, S)
+    visible = after >= 0
+    distance = after[None, None]  # i − j
+    if mask is not None:
+        # A padded token sees itself, so that no row of the softmax is empty.
+        visible = visible & (mask[:, None, None] | (after == 0))
+        places = mask.cumsum(dim=1)
+        distance = (places[:, S - T :, None] - places[:, None])[:, None]  # (B, 1, T, S)
     if window is not None:
-        visible &= distance < window
+        visible = visible & (distance < window)
     dtype = torch.promote_types(like.dtype, torch.float32)
     bias = torch.zeros(1, 1, T, S, dtype=dtype, device=like.device)
     if slopes is not None:
-        bias = -slopes.to(dtype)[:, None, None] * distance  # (1 or H, T, S)
-        bias = bias[None]
-    visible = visible[None, None]
-    if mask is not None:
-        # A padded token sees itself, so that no row of the softmax is empty.
-        visible = visible & (mask[:, None, None, :] | (distance == 0))
+        bias = -slopes.to(dtype)[:, None, None] * distance  # (1 or B, 1 or H, T, S)
     return bias.masked_fill(~visible, float("-inf"))
+
+
+def _first_seen(query: int, window: int, mask: Tensor | None) -> int:
+    """The first key that a query of any row sees, or one before it."""
+    if mask is None:
+        return max(0, query - window + 1)
+    places = mask.cumsum(dim=1)
+    return int((places <= places[:, query, None] - window).sum(dim=1).min())
 
 
 def _sdpa(
@@ -122,13 +132,14 @@ def _direct(
         # Three dimensions: with four, a bf16 product of a single key head takes three times as long on a CPU.
         scores = torch.bmm(rows, k.reshape(B * Hk, C, d).transpose(1, 2)).view(B, H, T, C)
         scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-        if T == 1 and slopes is not None:
+        only_slopes = T == 1 and mask is None
+        if only_slopes and slopes is not None:
             distances = _distances(stop, C, scores.dtype, scores.device)
             scores = torch.addcmul(scores, slopes.to(scores.dtype)[:, None, None], distances, value=-1)
         if C > S:
             scores[..., :start] = scores[..., stop:] = float("-inf")
         if T > 1 or mask is not None or (window is not None and window < S):
-            bias = additive_mask(T, S, slopes if T > 1 else None, window, mask, q)
+            bias = additive_mask(T, S, None if only_slopes else slopes, window, mask, q)
             scores = scores + bias if C == S else scores + F.pad(bias, (start, C - stop))
         weights = scores.softmax(dim=-1).to(v.dtype).view(B * Hk, H // Hk * T, C)
         return torch.bmm(weights, v.reshape(B * Hk, C, dv)).view(B, H, T, dv)

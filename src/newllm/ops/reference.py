@@ -23,16 +23,17 @@ def attention(
     Hk, S = k.shape[1], k.shape[2]
     rows = []
     for b in range(B):
+        places = list(range(S)) if mask is None else mask[b].cumsum(dim=0).tolist()  # in real tokens
         for h in range(H):
             for t in range(T):
                 i = S - T + t
-                first = 0 if window is None else max(0, i - window + 1)
-                seen = [j for j in range(first, i + 1) if mask is None or bool(mask[b, j]) or j == i]
+                seen = [j for j in range(i + 1) if mask is None or bool(mask[b, j]) or j == i]
+                seen = [j for j in seen if window is None or places[i] - places[j] < window]
                 scores = []
                 for j in seen:
                     score = q[b, h, t] @ k[b, h * Hk // H, j] * (1 / math.sqrt(d) if scale is None else scale)
                     if slopes is not None:
-                        score = score - slopes[h if len(slopes) > 1 else 0].to(q.dtype) * (i - j)
+                        score = score - slopes[h if len(slopes) > 1 else 0].to(q.dtype) * (places[i] - places[j])
                     scores.append(score)
                 weights = torch.stack(scores).softmax(dim=0)
                 rows.append(sum(w * v[b, h * Hk // H, j] for w, j in zip(weights, seen, strict=True)))

@@ -18,7 +18,7 @@ class TokenState(LayerState):
 
     Each stream is (B, N, S, d) with N and d of its own. Copying at each growth costs a token eight copies of itself,
     while decoding reads the whole cache at every step: spare room is dearer than growth. Allocated bytes stay
-    ≤ 1.25 × used once there are a few tokens. With a window W, the last W − 1 tokens are kept.
+    ≤ 1.25 × used once there are a few tokens. With a window W, the last W − 1 tokens are kept, of every row real ones.
     While gradients flow (chunked training), the buffers are concatenated instead: autograd forbids writing in place.
 
     With a quantised precision a stream is held as two buffers, NAME.codes and NAME.scales (`ops.quantize`), and every
@@ -60,7 +60,7 @@ class TokenState(LayerState):
         read = self._decode(streams)
         visible = self._visible(mask)
         if self.window is not None:
-            self._forget(self.window - 1)
+            self._forget(self._still_seen(visible))
         return *read, visible
 
     def _encode(self, streams: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -97,6 +97,18 @@ class TokenState(LayerState):
     @property
     def _capacity(self) -> int:
         return next((buffer.shape[2] for buffer in self.buffers.values()), 0)
+
+    def _still_seen(self, visible: Tensor | None) -> int:
+        """How many of the last tokens hold W − 1 real ones of every row, which is what its next token sees.
+
+        visible: (B, S) as `_visible` gives it.
+        """
+        assert self.window is not None
+        if visible is None or self.stop - self.start < self.window:
+            return self.window - 1
+        from_end = visible.flip(1)
+        seen = (from_end & (from_end.cumsum(dim=1) < self.window)).any(dim=0)
+        return max(self.window - 1, int((torch.arange(1, len(seen) + 1, device=seen.device) * seen).max()))
 
     def _forget(self, kept: int) -> None:
         """Keeps the last `kept` tokens; frees the room of a long chunk that has passed through the window."""
