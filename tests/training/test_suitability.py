@@ -29,3 +29,26 @@ def test_streams_stay_in_one_process(monkeypatch):
 def test_streams_and_recall_windows_exclude_each_other():
     with pytest.raises(UserError, match="choose one of them"):
         check("infini_all", streaming=True, recall_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("passes", "grad_passes", "deep_passes", "least"),
+    [(1, 1, 4, None), (1, 1, 1, 2), (8, 1, 4, 8), (8, 1, 8, None), (8, 8, 8, 9), (8, 8, 9, None), (4, 2, 3, 4)],
+)
+def test_deeper_steps_must_be_deeper(passes, grad_passes, deep_passes, least):
+    lagged = {"lagged_passes": passes, "lagged_grad_passes": grad_passes, "lagged_deep_passes": deep_passes}
+    check("continuous_fuse", **lagged)
+    check("pythia", **lagged, lagged_deep_share=0.1)
+    check("continuous_fuse", **lagged, lagged_deep_share=0.1, step_by_step=True)
+    if least is None:
+        check("continuous_fuse", **lagged, lagged_deep_share=0.1)
+    else:
+        words = rf"--lagged-deep-passes is {deep_passes}: .*--lagged-passes {passes} it must be at least {least}, "
+        with pytest.raises(UserError, match=words):
+            check("continuous_fuse", **lagged, lagged_deep_share=0.1)
+
+
+def test_a_share_of_deeper_steps_alone_is_enough():
+    check("continuous_fuse", lagged_deep_share=0.1)
+    with pytest.raises(UserError, match=r"^--lagged-deep-passes is 4: with --lagged-deep-share 0.1 [^\n]*$"):
+        check("continuous_fuse", lagged_passes=8, lagged_deep_share=0.1)

@@ -21,7 +21,8 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
       of which there can be only one. And tasks make windows that stand alone, which is something else.
     - Tasks must leave steps for the text.
     - Without, every window begins with empty memories: it must be longer than a segment, or none is ever read.
-    - Lagged Cache Training keeps the states of windows, in the one process that trains on them.
+    - Lagged Cache Training keeps the states of windows, in the one process that trains on them; and its deeper steps
+      must be deeper than the others.
     """
     shares = {f"--{name.replace('_', '-')}": share for name, share in task_shares(settings).items()}
     if settings.streaming and shares:
@@ -67,6 +68,14 @@ def _check_lagged(name: str, settings: CommonSettings) -> None:
         raise UserError(
             f"--lagged-grad-passes is {settings.lagged_grad_passes}: it must be no more than "
             f"--lagged-passes {settings.lagged_passes}"
+        )
+    # As many passes as the others take, but all of them with gradient, are deeper too.
+    least = settings.lagged_passes + (settings.lagged_grad_passes == settings.lagged_passes)
+    if settings.lagged_deep_share and settings.lagged_deep_passes < least:
+        raise UserError(
+            f"--lagged-deep-passes is {settings.lagged_deep_passes}: with --lagged-deep-share "
+            f"{settings.lagged_deep_share:g} and --lagged-passes {settings.lagged_passes} it must be at least {least}, "
+            "or the deeper steps are none"
         )
 
 
