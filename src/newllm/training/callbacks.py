@@ -53,6 +53,11 @@ class Schedule:
         evaluations = settings.evaluations or 1
         if settings.epochs is not None:
             evaluations = max(evaluations, math.ceil(settings.epochs))
+        return cls.evenly(total_steps, evaluations)
+
+    @classmethod
+    def evenly(cls, total_steps: int, evaluations: int) -> Schedule:
+        """So many evaluations at equal distances, the last at the end."""
         steps = {max(1, round(index * total_steps / evaluations)) for index in range(1, evaluations + 1)}
         log_every = min(max(1, total_steps // LOG_POINTS), LONGEST_LOG_WINDOW)
         return cls(total_steps, log_every, frozenset(steps))
@@ -71,11 +76,32 @@ def out_of_patience(log_history: list[dict[str, Any]], settings: RunSettings) ->
     return bool(settings.patience) and evaluations_without_progress(log_history) >= (settings.patience or 0)
 
 
-class InterruptibleCallback(TrainerCallback):
-    """A flow of steps that Ctrl-C ends: a subclass saves and stops after the step that makes `interrupted` True."""
+class ScheduledFlow(TrainerCallback):
+    """Decides after each step whether to log, evaluate, save or stop (takes the place of DefaultFlowCallback).
 
-    def __init__(self) -> None:
+    A checkpoint is only written where the log window ends: the Trainer's running loss is then zero, so that there is
+    nothing of it to save, and a resumed run logs exactly what an uninterrupted one does. Ctrl-C ends the flow: what is
+    there is saved after the step that makes `interrupted` True.
+    """
+
+    def __init__(self, schedule: Schedule, checkpoint_minutes: float) -> None:
+        self.schedule, self.checkpoint_minutes = schedule, checkpoint_minutes
         self.interrupted = False
+        self.last_save = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        step = state.global_step
+        control.should_evaluate = step in self.schedule.evaluation_steps
+        control.should_log = control.should_evaluate or self.interrupted or step % self.schedule.log_every == 0
+        due = time.monotonic() - self.last_save >= 60 * self.checkpoint_minutes
+        control.should_save = control.should_evaluate or self.interrupted or (control.should_log and due)
+        control.should_training_stop = self.interrupted or step >= self.schedule.total_steps
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.last_save = time.monotonic()
 
     @contextlib.contextmanager
     def saving_on_interrupt(self) -> Iterator[None]:
@@ -97,28 +123,12 @@ class InterruptibleCallback(TrainerCallback):
             raise KeyboardInterrupt
 
 
-class FlowCallback(InterruptibleCallback):
-    """Decides after each step whether to log, evaluate, save or stop (takes the place of DefaultFlowCallback).
-
-    A checkpoint is only written where the log window ends: the Trainer's running loss is then zero, so that there is
-    nothing of it to save, and a resumed run logs exactly what an uninterrupted one does.
-    """
+class FlowCallback(ScheduledFlow):
+    """The flow of a language model: ends as well where a loss is not finite, or does not improve any more."""
 
     def __init__(self, settings: RunSettings, schedule: Schedule, precision: str, phase: str) -> None:
-        super().__init__()
-        self.settings, self.schedule, self.precision, self.phase = settings, schedule, precision, phase
-        self.last_save = time.monotonic()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        step = state.global_step
-        control.should_evaluate = step in self.schedule.evaluation_steps
-        control.should_log = control.should_evaluate or self.interrupted or step % self.schedule.log_every == 0
-        due = time.monotonic() - self.last_save >= 60 * self.settings.checkpoint_minutes
-        control.should_save = control.should_evaluate or self.interrupted or (control.should_log and due)
-        control.should_training_stop = self.interrupted or step >= self.schedule.total_steps
-        return control
+        super().__init__(schedule, settings.checkpoint_minutes)
+        self.settings, self.precision, self.phase = settings, precision, phase
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         entry = state.log_history[-1]
@@ -143,14 +153,11 @@ class FlowCallback(InterruptibleCallback):
             control.should_training_stop = True
         return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.last_save = time.monotonic()
-
 
 class MetricsCallback(TrainerCallback):
-    """metrics.jsonl: one JSON object a line, made by `line` of an entry of the Trainer's log.
+    """metrics.jsonl: one JSON object a line, of an entry of the Trainer's log.
 
-    By default `train_loss` or `val_loss` by step, in nats per token.
+    `train_loss` or `val_loss` by step, in nats per token; of action models a `score` in the place of `val_loss`.
 
     A first phase has a file of its own, in its own folder; its losses are what it minimises.
 
@@ -159,27 +166,27 @@ class MetricsCallback(TrainerCallback):
     A resumed run writes the file anew from the checkpoint's history, so no step is lost or there twice.
     """
 
-    def __init__(self, path: Path, line: Callable[[dict[str, Any]], str] | None = None) -> None:
-        self.path, self.line = path, line or metrics_line
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         staging = self.path.with_name(self.path.name + INCOMPLETE)
-        staging.write_text("".join(map(self.line, state.log_history)))
+        staging.write_text("".join(map(metrics_line, state.log_history)))
         staging.replace(self.path)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         with self.path.open("a") as file:
-            file.write(self.line(state.log_history[-1]))
+            file.write(metrics_line(state.log_history[-1]))
 
 
 def metrics_line(entry: dict[str, Any]) -> str:
     """An entry of the Trainer's log as a line of metrics.jsonl; its closing summary gives no line."""
-    names = {"loss": "train_loss", "eval_loss": "val_loss"}
+    names = {"loss": "train_loss", "eval_loss": "val_loss", "eval_score": "score"}
     if not names.keys() & entry.keys():
         return ""
-    order = ("step", "tokens", "loss", "eval_loss", "residual", "learning_rate", "grad_norm", "seconds")
+    order = ("step", "tokens", "loss", "eval_loss", "eval_score", "residual", "learning_rate", "grad_norm", "seconds")
     return json.dumps({names.get(key, key): entry[key] for key in order if key in entry}) + "\n"
 
 

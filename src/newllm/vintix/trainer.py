@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -25,14 +24,13 @@ from transformers import (
 )
 
 from newllm.settings import UserError
-from newllm.training.callbacks import InterruptibleCallback, MetricsCallback
+from newllm.training.callbacks import MetricsCallback, Schedule, ScheduledFlow
 from newllm.training.checkpoints import checkpoint_folder, complete_folder, remove_except
 from newllm.training.devices import autocast, resolve_device, resolve_precision
 from newllm.vintix.model import VintixModel
 from newllm.vintix.settings import VintixRun
 
 WEIGHTS = "model.safetensors"
-LOG_POINTS = 100  # of a loss curve
 
 
 @dataclass(frozen=True)
@@ -49,30 +47,12 @@ class VintixProgress:
     seconds_left: float
 
 
-class FlowCallback(InterruptibleCallback):
-    """Decides after each step whether to log, evaluate, save or stop: by step alone, so that a resumed run agrees.
-
-    A checkpoint is written only where a log window ends: the Trainer's running loss is then zero, and nothing of it has
-    to be saved.
-    """
+class VintixFlow(ScheduledFlow):
+    """The flow of an action model: ends as well where the loss is not finite."""
 
     def __init__(self, run: VintixRun) -> None:
-        super().__init__()
+        super().__init__(Schedule.evenly(run.steps, run.evaluations), run.checkpoint_minutes)
         self.run = run
-        self.log_every = max(1, run.steps // LOG_POINTS)
-        self.evaluations = {max(1, round(n * run.steps / run.evaluations)) for n in range(1, run.evaluations + 1)}
-        self.last_save = time.monotonic()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        step = state.global_step
-        control.should_evaluate = step in self.evaluations
-        control.should_log = control.should_evaluate or self.interrupted or step % self.log_every == 0
-        due = time.monotonic() - self.last_save >= 60 * self.run.checkpoint_minutes
-        control.should_save = control.should_evaluate or self.interrupted or (control.should_log and due)
-        control.should_training_stop = self.interrupted or step >= self.run.steps
-        return control
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         entry = state.log_history[-1]
@@ -81,18 +61,6 @@ class FlowCallback(InterruptibleCallback):
                 f"{self.run.name}: the training loss is {entry['loss']} at step {state.global_step} "
                 f"(lr {self.run.lr:g}): try a lower --lr or --precision float32; the last checkpoint is kept"
             )
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.last_save = time.monotonic()
-
-
-def metrics_line(entry: dict[str, Any]) -> str:
-    """An entry of the Trainer's log; its closing summary gives no line."""
-    names = {"loss": "train_loss", "eval_score": "score"}
-    if not names.keys() & entry.keys():
-        return ""
-    order = ("step", "loss", "eval_score", "learning_rate", "grad_norm", "seconds")
-    return json.dumps({names.get(key, key): entry[key] for key in order if key in entry}) + "\n"
 
 
 class VintixTrainer(Trainer):
@@ -111,12 +79,12 @@ class VintixTrainer(Trainer):
         super().__init__(args=training_arguments(run, folder), **kwargs)
         self.run_settings, self.score, self.on_progress = run, score, on_progress
         self.precision = resolve_precision(run, self.args.device)  # type: ignore[arg-type]
-        self.flow = FlowCallback(run)
+        self.flow = VintixFlow(run)
         self.seconds_before, self.started, self.first_step = 0.0, time.monotonic(), 0
         self.remove_callback(PrinterCallback)
         self.remove_callback(DefaultFlowCallback)
         self.add_callback(self.flow)
-        self.add_callback(MetricsCallback(folder / "metrics.jsonl", metrics_line))
+        self.add_callback(MetricsCallback(folder / "metrics.jsonl"))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         """Item i of the data is a random window as it is: the order needs no chance of its own."""
@@ -201,7 +169,7 @@ def training_arguments(run: VintixRun, folder: Path) -> TrainingArguments:
         warmup_steps=run.warmup_ratio,  # below 1 it is a share of all optimizer steps
         metric_for_best_model="score",
         greater_is_better=True,
-        save_strategy="steps",  # our FlowCallback decides when; with "no" the Trainer would not note the best step
+        save_strategy="steps",  # our flow decides when; with "no" the Trainer would not note the best step
         seed=run.seed,
         use_cpu=device.type == "cpu",
         report_to="none",
