@@ -155,9 +155,8 @@ class ReversalSettings:
     """Facts told in one direction and asked in both: what is trained on. SYSTEMS §14."""
 
     reversal_share: float = 0.0
-    """Share of the optimizer steps that train on sentences of the reversal task instead of plain text."""
-    reversal_repeats: int = 10
-    """How often each of its sentences stands in one pass over them."""
+    """Share of the optimizer steps that train on sentences of the reversal task instead of plain text. It decides how
+    often each is read, which the report says: this share of all training tokens / tokens of the sentences."""
     reversal_mode: Literal["forward", "reversed_entities"] = "forward"
     """'forward' trains on the sentences as they are; 'reversed_entities' also on each with its words in reverse
     order, names kept whole."""
@@ -353,7 +352,7 @@ POSITIVE = (
     *("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "lr", "batch_size"),
     *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
     *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts"),
-    *("reversal_repeats", "lagged_passes", "lagged_grad_passes", "lagged_deep_passes"),
+    *("lagged_passes", "lagged_grad_passes", "lagged_deep_passes"),
     *("projection_tokens", "projection_iterations", "projection_lr", "projection_batch", "projection_tolerance"),
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it;

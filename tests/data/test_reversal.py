@@ -170,9 +170,9 @@ def test_padding_each_sentence_to_a_window_makes_a_text_of_eos_and_the_builder_c
     assert not ((stream[1:] == task.eos) & (stream[:-1] == task.eos)).any()
 
 
-@given(st.integers(20, 600), st.integers(1, 3), st.sampled_from(["forward", "reversed_entities"]), st.integers(0, 3))
-def test_windows_are_passes_end_to_end(data, length, repeats, mode, seed):
-    values = settings(seq_length=length, reversal_repeats=repeats, reversal_mode=mode)
+@given(st.integers(20, 600), st.sampled_from(["forward", "reversed_entities"]), st.integers(0, 3))
+def test_windows_are_passes_end_to_end(data, length, mode, seed):
+    values = settings(seq_length=length, reversal_mode=mode)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("newllm.data.reversal.load_kinds", lambda: KINDS[:1])
         dataset = ReversalDataset(data, values, seed)
@@ -181,7 +181,7 @@ def test_windows_are_passes_end_to_end(data, length, repeats, mode, seed):
     assert all(item["input_ids"].shape == item["labels"].shape == (length,) for item in items)
     assert all(torch.equal(item["input_ids"], item["labels"]) for item in items)
     stream = torch.cat([item["input_ids"] for item in items]).numpy()
-    expected = Counter({tuple(ids[:-1].tolist()): repeats for ids in dataset.sentences})
+    expected = Counter({tuple(ids[:-1].tolist()): 1 for ids in dataset.sentences})
     passes = []
     for number in range(2):
         tokens = stream[number * size : (number + 1) * size]

@@ -19,6 +19,7 @@ from newllm.evaluation.reversal import (
     blocks_of,
     evaluate_reversal,
     group_figures,
+    mean_auc,
     permutation_p,
     questions,
     shares_below,
@@ -143,6 +144,35 @@ def test_names_told_more_often_do_not_look_like_recall(data):
     assert aucs["both"] > 0.8
 
 
+@pytest.mark.parametrize(("popularity", "signal"), [(0, 0), (3, 0), (1, 1), (3, 3)])
+def test_the_interval_of_an_auc_covers_what_pairs_drawn_anew_give_and_is_no_wider(popularity, signal):
+    """Answers that are likely after every question make no AUC uncertain: they win as often as they make lose."""
+    rng = np.random.default_rng(0)
+
+    def drawn():
+        scores = rng.normal(size=(20, 20)) + popularity * rng.normal(size=20) + signal * np.eye(20)
+        return shares_below(scores)
+
+    found = [mean_auc([drawn() for _ in range(6)]) for _ in range(400)]
+    values = np.array([each["value"] for each in found])
+    half = np.array([each["high"] - each["low"] for each in found]) / 2
+    truth = values.mean() if signal else 0.5
+    assert np.mean([each["low"] <= truth <= each["high"] for each in found]) > 0.92
+    assert half.mean() == pytest.approx(1.96 * values.std(), rel=0.12)
+
+
+def test_the_interval_of_a_perfect_auc_has_no_width():
+    rng = np.random.default_rng(0)
+    scores = 3 * rng.normal(size=20) + 100 * np.eye(20)
+    assert mean_auc([shares_below(scores)]) == {"value": 1, "low": 1, "high": 1}
+
+
+def test_the_mean_auc_counts_every_pair_alike():
+    rng = np.random.default_rng(1)
+    blocks = [shares_below(rng.integers(0, 4, size=(n, n)).astype(float)) for n in (2, 5, 9)]
+    assert mean_auc(blocks)["value"] == pytest.approx(np.concatenate([np.diag(block) for block in blocks]).mean())
+
+
 def test_an_untrained_model_guesses(data):
     model = model_of(data)
     result = evaluate_reversal(model, data, settings())
@@ -220,7 +250,7 @@ def test_newllm_evaluate_asks_any_model_folder(data, text, tmp_path, capsys):
     assert any("fewer than 95% are answered forward" in line for line in printed)
 
 
-def test_a_comparison_measures_what_it_trains_on(text, tmp_path):
+def test_a_comparison_measures_what_it_trains_on(text, data, tmp_path):
     budget = {
         "seq_length": 64,
         "batch_size": 2,
@@ -239,5 +269,8 @@ def test_a_comparison_measures_what_it_trains_on(text, tmp_path):
     values = text | SHAPE | budget | quick | {"models": ["pythia"], "reversal_share": 0.5}
     html = compare(ExperimentSettings(**values, out=str(tmp_path / "out")))
     (row,) = read_results(tmp_path / "out")["rows"]
+    sentences = ReversalTask(data).training_sentences("forward")
+    read = 3 * 128 / sum(len(ids) + 1 for ids in sentences)  # half of six steps of two windows
+    assert row["reversal"]["readings"] == pytest.approx(read)
     assert row["reversal"]["pairs"] == 2 * sum(SIZES.values())
     assert "The reversal curse" in html.read_text()

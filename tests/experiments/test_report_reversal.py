@@ -68,6 +68,7 @@ def make_reversal(model, seed):
         "backward_ppl": 6.8,
         "ratio": 0.235,
         "gap": 5.2,
+        "readings": 105.4 + 10 * seed,
         "by_kind": [],
         "example": {"told": "The mother of <A> is B.", "asked": "The child of B is", "answer": "<A>"},
     }
@@ -115,6 +116,7 @@ def test_the_section_stands_only_where_it_was_measured(tmp_path):
     markdown = html.with_suffix(".md").read_text()
     section = markdown.split("## The reversal curse")[1].split("\n## ")[0]
     assert "Left out, since the text tells of them: Rome – Caesar." in section
+    assert "Each sentence had been read 105–125 times when the weights were kept." in section
     for table in re.findall(r"(?:^\|.*\n)+", section, flags=re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1
         assert len(table.splitlines()) == 2 + len(KNOWS)

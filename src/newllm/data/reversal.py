@@ -153,6 +153,10 @@ class ReversalTask:
                             sentences.append(self.reversed_sentence(kind, pair, direction, wording))
         return sentences
 
+    def pass_tokens(self, mode: str) -> int:
+        """Tokens in which every training sentence is read once, with EOS after each."""
+        return sum(len(ids) + 1 for ids in self.training_sentences(mode))
+
 
 def of_group(kind: Kind, group: str) -> list[Pair]:
     return [pair for pair in kind.pairs if pair.group == group]
@@ -161,23 +165,22 @@ def of_group(kind: Kind, group: str) -> list[Pair]:
 class ReversalDataset(TaskDataset):
     """Training windows of the reversal task: item i is tokens [i T, (i + 1) T) of passes without end.
 
-    A pass has every sentence reversal_repeats times, in an order random by (seed, pass), and EOS after each. Labels are
-    the inputs.
+    A pass has every sentence once, in an order random by (seed, pass), and EOS after each. Labels are the inputs.
     """
 
     def __init__(self, data: PreparedData, settings: CommonSettings, seed: int) -> None:
         assert settings.seq_length is not None
-        self.seq_length, self.repeats, self.seed = settings.seq_length, settings.reversal_repeats, seed
+        self.seq_length, self.seed = settings.seq_length, seed
         task = ReversalTask(data)
         self.sentences = [np.array([*ids, task.eos]) for ids in task.training_sentences(settings.reversal_mode)]
-        self.pass_tokens = self.repeats * sum(map(len, self.sentences))
+        self.pass_tokens = task.pass_tokens(settings.reversal_mode)
         self.number, self.ids = -1, np.zeros(0, dtype=np.int64)
 
     def _tokens_of_pass(self, number: int) -> np.ndarray:
         """(pass_tokens,) int64; the pass last asked for is kept."""
         if number != self.number:
-            order = np.random.default_rng([self.seed, number]).permutation(self.repeats * len(self.sentences))
-            self.ids = np.concatenate([self.sentences[i % len(self.sentences)] for i in order]).astype(np.int64)
+            order = np.random.default_rng([self.seed, number]).permutation(len(self.sentences))
+            self.ids = np.concatenate([self.sentences[i] for i in order]).astype(np.int64)
             self.number = number
         return self.ids
 

@@ -38,13 +38,19 @@ NEEDED = 0.95
 PERMUTATIONS = 9999
 
 
-def evaluate_reversal(model: TransformerLM, data: PreparedData, settings: CommonSettings) -> dict[str, Any]:
+def evaluate_reversal(
+    model: TransformerLM, data: PreparedData, settings: CommonSettings, trained_tokens: float | None = None
+) -> dict[str, Any]:
     """What the model knows of the facts of `data.reversal`, asked in both directions; settings must be resolved. JSON.
 
     "groups" holds for 'forward' (told forward only), 'both' and 'never', under "forward" and "backward", what
     `group_figures` gives. "told": whether the first group is answered forward well enough. Of that group: "forward_ppl"
     and "backward_ppl" of its whole sentences, their "ratio" forward / backward and their "gap" backward − forward,
-    which say more about fluency than about recall; and "by_kind" the two figures that matter most.
+    which say more about fluency than about recall; and "by_kind" the two figures that matter most. "readings": how
+    often each sentence has been read in training.
+
+    Args:
+        trained_tokens: of all training up to these weights; None where it is not known, and "readings" then neither.
 
     Raises:
         UserError: the text holds the facts itself.
@@ -76,6 +82,7 @@ def evaluate_reversal(model: TransformerLM, data: PreparedData, settings: Common
         "ratio": ppl["forward"] / ppl["backward"],
         "gap": ppl["backward"] - ppl["forward"],
         "by_kind": _by_kind(answers),
+        "readings": None if trained_tokens is None else _readings(task, settings, trained_tokens),
         "example": _example(task),
     }
 
@@ -196,8 +203,8 @@ def _by_length(rows: list[list[int]]) -> list[list[int]]:
 def group_figures(answers: Answers, blocks: list[np.ndarray]) -> dict[str, Any]:
     """Of one group in one direction; `blocks` are its questions by kind.
 
-    "auc" and "first" among the answers of the same kind and group, "p" of the former (`permutation_p`), "chance" of the
-    latter; "exact"; all shares and the AUC as {"value", "low", "high"} with a 95 % interval over the pairs. Among all
+    "auc" (`mean_auc`) and "first" among the answers of the same kind and group, "p" of the former (`permutation_p`),
+    "chance" of the latter; "exact"; all as {"value", "low", "high"} with a 95 % interval over the pairs. Among all
     answers of this direction: "auc_pool", "first_pool", "mean_rank_pool" (1 is best); among those of the same kind, of
     any group: "auc_kind". "answer_ppl" is the perplexity of the answer's tokens.
     """
@@ -209,7 +216,7 @@ def group_figures(answers: Answers, blocks: list[np.ndarray]) -> dict[str, Any]:
     pool = np.array([_share_below(answers, i, everywhere) for i in places])
     kind = np.array([_share_below(answers, i, np.flatnonzero(kinds == kinds[i])) for i in places])
     return {
-        "auc": _mean(own),
+        "auc": mean_auc(in_block),
         "p": permutation_p(in_block),
         "first": wilson(int((own == 1).sum()), len(own)),
         "chance": len(blocks) / len(places),
@@ -252,9 +259,22 @@ def permutation_p(blocks: list[np.ndarray]) -> float:
     return float((1 + (totals >= actual - 1e-9).sum()) / (1 + PERMUTATIONS))
 
 
-def _mean(values: np.ndarray) -> dict[str, float]:
-    """A mean of shares with its 95 % interval (normal)."""
-    mean, half = float(values.mean()), Z * float(values.std(ddof=1)) / math.sqrt(len(values))
+def mean_auc(blocks: list[np.ndarray]) -> dict[str, float]:
+    """The mean AUC of all pairs with its 95 % interval; blocks: (n, n) each, from `shares_below`.
+
+    A pair has a part in it as a question, and as a wrong answer to every other question of its block. The more likely
+    its answer is whatever is asked, the more it wins in the one part and makes lose in the other, so the deviation is
+    that of both parts together: a jackknife over the pairs, which leaves out both (Efron & Stein, 1981, "The jackknife
+    estimate of variance"). That of the first part alone is the deviation of likeliness, which the mean is free of.
+    """
+    parts = []
+    for shares in blocks:
+        right = np.diag(shares)[:, None]
+        wins = (shares < right) + (shares == right) / 2
+        np.fill_diagonal(wins, 0)
+        parts.append((wins.sum(axis=1) + wins.sum(axis=0)) / (len(wins) - 1))
+    both = np.concatenate(parts)  # a pair's two AUCs: their mean is twice the AUC
+    mean, half = float(both.mean()) / 2, Z * float(both.std(ddof=1)) / math.sqrt(len(both))
     return {"value": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
 
 
@@ -267,6 +287,10 @@ def _by_kind(answers: dict[str, Answers]) -> list[dict[str, Any]]:
         kind = answers["forward"].asked[block[0]].kind.name
         rows.append({"kind": kind, "pairs": len(block), "forward_exact": float(exact), "backward_auc": float(auc)})
     return rows
+
+
+def _readings(task: ReversalTask, settings: CommonSettings, trained_tokens: float) -> float:
+    return settings.reversal_share * trained_tokens / task.pass_tokens(settings.reversal_mode)
 
 
 def _example(task: ReversalTask) -> dict[str, str]:

@@ -123,10 +123,17 @@ def reversal_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     first = records(shown[0])[0]
     return {
         **{key: first[key] for key in ("pairs", "kinds", "left_out", "needed", "example")},
+        "readings": _readings(shown),
         "sizes": {group: first["groups"][group]["pairs"] for group in GROUPS},
         "recall": [{"model": s.model, "cells": recall_cells(s)} for s in shown],
         "more": [{"model": s.model, "cells": more_cells(s)} for s in shown],
     }
+
+
+def _readings(shown: list[ModelSummary]) -> str:
+    """'105–117' where the kept checkpoints differ in how often each sentence had been read."""
+    counts = [round(record["readings"]) for summary in shown for record in records(summary)]
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}–{max(counts)}"
 
 
 def recall_cells(summary: ModelSummary) -> list[str]:
