@@ -172,6 +172,27 @@ def test_bands_hold_at_the_reference_and_scale_with_the_tokenizer():
     assert ppl_band(math.nan, 3.0)["band"] == "not finite"
 
 
+def advice(ppl, **known):
+    return ppl_band(ppl, REFERENCE_BYTES_PER_TOKEN, **known)["advice"]
+
+
+def test_advice_asks_only_for_what_is_not_known_yet():
+    assert "run `newllm check`" in advice(3)
+    assert "run `newllm check`" in advice(3, overlap=0.5), "no overlap excuses a leak"
+    assert "a causality check fails: the run is invalid" in advice(3, causal=False, overlap=0.5)
+    for ppl in (3, 20):
+        assert "newllm check" not in advice(ppl, causal=True)
+        assert "check that the held-out text does not occur" in advice(ppl, causal=True)
+        copied = advice(ppl, causal=True, overlap=0.123)
+        assert "12.30% of the held-out 13-word sequences occur in the training text" in copied
+        assert "text already seen" in copied
+        clean = advice(ppl, causal=True, overlap=0.0)
+        assert "0.00% of the held-out 13-word sequences" in clean
+        assert "too few to explain it" in clean
+    assert "the causality checks can find, they pass" in advice(3, causal=True, overlap=0.0)
+    assert advice(60, causal=True, overlap=0.5) == advice(60), "a usual perplexity needs no explanation"
+
+
 def test_a_models_training_loss_and_its_evaluation_are_the_same_number():
     """Over whole windows, the mean of the losses the Trainer minimises is the validation loss."""
     model = create_model("pythia", hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, vocab_size=64)

@@ -64,6 +64,33 @@ def test_a_comparison_leaves_runs_results_and_a_report(text, finished):
     assert results["rows"][0]["layers"] == "2 × pythia"
 
 
+LEAKY = """
+import torch
+from newllm.models.layers import register_layer
+from newllm.models.layers.pythia import PythiaLayer
+
+@register_layer("leaks_late")
+class LeaksLate(PythiaLayer):
+    def forward(self, x, **inputs):
+        y = super().forward(x, **inputs)
+        late = y[:, 170:]  # no window of the checks' own is as long
+        return torch.cat([y[:, :170], late + late.mean(dim=1, keepdim=True)], dim=1) if late.shape[1] else y
+"""
+
+
+def test_a_leak_beyond_the_position_window_is_found(text, tmp_path):
+    """Perplexity is also taken in windows of training, which may be longer."""
+    plugin = tmp_path / "leaky.py"
+    plugin.write_text(LEAKY)
+    windows = {"seq_length": 192, "position_window": 32, "sliding_window": 64}
+    settings = tiny(text, tmp_path / "out", models=["leaks_late"], plugin=str(plugin), max_tokens=2 * 768, **windows)
+    runner.compare(settings)
+    (row,) = read_results(tmp_path / "out")["rows"]
+    failed = [check["name"] for check in row["checks"] if check["passed"] is False and "trained" in check["name"]]
+    assert failed == ["future, as trained"]
+    assert not row["valid"]
+
+
 def test_a_row_says_what_its_model_does(text, finished):
     """Validation and test figures of a row are those of the model in the run folder."""
     settings = resolve(tiny(text, finished))

@@ -74,7 +74,7 @@ def check_as_trained(
     """'future' and 'rows' once more, as the model was trained and its perplexity is measured.
 
     Args:
-        tokens: as long as the longest window that is scored, so that no boundary within it is missed.
+        tokens: as long as the longest window a perplexity is taken in, so that no boundary within it is missed.
         precision: the autocast context of training.
     """
     subject = Subject(model, _ids(model, tokens), TOLERANCE[torch.bfloat16])
@@ -152,7 +152,8 @@ def _finite(s: Subject) -> tuple[bool, str]:
 def _future(s: Subject) -> tuple[bool, str]:
     T = s.ids.shape[1]
     base = s.logits(s.ids)
-    places = sorted({1, 2, 3, T // 4, T // 3, T // 2, T // 2 + 1, 3 * T // 4, T - 2, T - 1})
+    wanted = {1, 2, 3, T // 4, T // 3, T // 2, T // 2 + 1, 3 * T // 4, T - 2, T - 1}
+    places = sorted(t for t in wanted if 0 < t < T)
     for t in places:
         changed = s.ids.clone()
         changed[:, t] = (changed[:, t] + 1) % s.model.config.vocab_size

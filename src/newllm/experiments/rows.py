@@ -43,7 +43,9 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
     validation, test = data.splits["validation"], data.splits["test"]
     result = evaluate(model, test, settings)
     precision = autocast(model.device, resolve_precision(settings, model.device))
-    checks = check_model(model) + check_as_trained(model, settings.position_window, precision)  # type: ignore[arg-type]
+    trained_tokens = training.tokens * training.best_step / training.steps  # the kept checkpoint has read no more
+    longest = max(settings.seq_length, settings.position_window, settings.sliding_window)  # type: ignore[type-var]
+    checks = check_model(model) + check_as_trained(model, longest, precision)  # type: ignore[arg-type]
     return {
         "model": settings.model,
         "seed": settings.seed,
@@ -65,13 +67,18 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "test_tokens": result["tokens"],
         **{key: result[key] for key in ("ppl_by_position", "sliding_ppl", "sliding", "segment_ppl", "recall")},
         **({"recall_across_segments": evaluate_recall(model, data, settings)} if settings.recall_share else {}),
-        **({"reversal": evaluate_reversal(model, data, settings)} if settings.reversal_share else {}),
+        **({"reversal": evaluate_reversal(model, data, settings, trained_tokens)} if settings.reversal_share else {}),
         "memories": memory_figures(model, test, settings),
         "recurrence": recurrence_figures(model, test, settings),
         "selective": selective_figures(model, test, settings),
         "checks": [dataclasses.asdict(check) for check in checks],
         "valid": is_causal(checks),
-        "ppl_band": ppl_band(result["ppl"], test.num_bytes / len(test.ids)),
+        "ppl_band": ppl_band(
+            result["ppl"],
+            test.num_bytes / len(test.ids),
+            causal=is_causal(checks),
+            overlap=data.info["overlap"]["test"],
+        ),
         "curve": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         "sample": sample(model, data, settings),
         "hash": settings.hash(),
