@@ -209,6 +209,16 @@ def test_an_invalid_model_that_mixes_rows_is_not_said_to_see_the_future():
     assert said.startswith("gqa: INVALID. It fails: rows, chunks. Its perplexity means nothing")
 
 
+def test_a_leak_that_shows_only_as_trained_is_called_one():
+    results = make_results()
+    for row in results["rows"]:
+        if row["model"] == "gqa":
+            row["valid"] = False
+            row["checks"].append({"name": "future, as trained", "passed": False, "detail": "leaks the future"})
+    said = dict(words.findings(results, summarise(results)))["Checks"]
+    assert said.startswith("gqa: INVALID. It fails: future, as trained. It sees the tokens it should predict. Its perp")
+
+
 def test_a_part_of_the_test_split_is_called_a_part():
     results = make_results()
     assert "Scored" not in dict(words.facts(results))

@@ -12,6 +12,11 @@ from newllm.experiments.statistics import estimate
 KEY = "projection"
 
 
+def measured(summaries: list[ModelSummary]) -> list[ModelSummary]:
+    """The valid models with such a first phase, best perplexity first."""
+    return [s for s in ranked(summaries) if s.valid and records(s)]
+
+
 def records(summary: ModelSummary) -> list[dict[str, Any]]:
     """What the first phase said of itself, one record for each seed."""
     return [row[KEY] for row in summary.rows if row.get(KEY)]
@@ -29,11 +34,11 @@ def convergence(summary: ModelSummary) -> dict[int, float]:
 def projection_plots(summaries: list[ModelSummary]) -> dict[str, Figure]:
     """{element id: figure}: converged tokens against iterations."""
     lines = []
-    for model, summary in enumerate(summaries):
-        if points := convergence(summary):
-            hover = f"<b>{label(summary.model)}</b>, iteration %{{x}}<br>%{{y:.1f}} %<extra></extra>"
-            x, y = list(points), list(points.values())
-            lines.append(trace(model, "line", x, y, mode="lines+markers", hovertemplate=hover))
+    for summary in measured(summaries):
+        points, model = convergence(summary), summaries.index(summary)
+        hover = f"<b>{label(summary.model)}</b>, iteration %{{x}}<br>%{{y:.1f}} %<extra></extra>"
+        x, y = list(points), list(points.values())
+        lines.append(trace(model, "line", x, y, mode="lines+markers", hovertemplate=hover))
     if not lines:
         return {}
     x_axis = {"title": {"text": "iterations over the text"}, "rangemode": "tozero"}
@@ -42,8 +47,8 @@ def projection_plots(summaries: list[ModelSummary]) -> dict[str, Figure]:
 
 
 def projection_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
-    """A row for each model with such a first phase, best perplexity first; None where there is none."""
-    rows = [{"model": s.model, "cells": cells(found)} for s in ranked(summaries) if (found := records(s))]
+    """A row for each of these models; None where there is none."""
+    rows = [{"model": s.model, "cells": cells(records(s))} for s in measured(summaries)]
     return {"rows": rows} if rows else None
 
 
