@@ -1,5 +1,6 @@
 """Evaluation: episodes and their returns, the controls, scores and intervals, and the report of several seeds."""
 
+import dataclasses
 import json
 import re
 
@@ -12,12 +13,12 @@ from vintix_stub import SMALL, group, small_model, write_dataset
 
 from newllm.settings import UserError
 from newllm.vintix.data import read_histories
-from newllm.vintix.environments import from_spec
+from newllm.vintix.environments import from_spec, task_family
 from newllm.vintix.evaluate import evaluate
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.play import agent, curve, interquartile_mean, normalised, play, without_memory
 from newllm.vintix.report import write_report
-from newllm.vintix.settings import VintixRun, VintixSettings
+from newllm.vintix.settings import CollectSettings, VintixRun, VintixSettings
 from newllm.vintix.train import train
 
 
@@ -46,13 +47,17 @@ class Episodes:
 
     def reset(self, seed):
         self.step_num = np.zeros(len(self.lengths), dtype=int)
-        return self.step_num[:, None].astype(float), {}
+        return self.observe(), {}
 
     def step(self, actions):
         self.step_num += 1
         over = self.step_num == self.lengths
+        info = {"final_obs": [row if ends else None for row, ends in zip(self.observe(), over, strict=True)]}
         self.step_num[over] = 0
-        return self.step_num[:, None].astype(float), np.ones(len(over)), over, np.zeros_like(over), {}
+        return self.observe(), np.ones(len(over)), over, np.zeros_like(over), info if over.any() else {}
+
+    def observe(self):
+        return self.step_num[:, None].astype(float)
 
     def close(self):
         pass
@@ -69,7 +74,22 @@ def test_returns_are_of_whole_episodes_also_where_their_lengths_differ(lengths, 
 
     played = play(act, Episodes(lengths), np.arange(len(lengths)), episodes, seed=0, recorded=1)
     assert np.array_equal(played.returns, np.repeat(np.array(lengths)[:, None], episodes, axis=1))
-    assert played.observations[0, episodes - 1][:, 0].tolist() == list(range(lengths[0]))
+    assert played.observations[0, episodes - 1][:, 0].tolist() == list(range(lengths[0] + 1))
+
+
+@pytest.mark.parametrize("name", ["point_reacher", "pendulum"])
+def test_what_is_recorded_of_an_episode_ends_with_its_last_state(name):
+    """Which the environment returns beside the first of the next episode: as where that episode had gone on."""
+    family = task_family(CollectSettings(environment=name, train_tasks=1, validation_tasks=1, test_tasks=2))
+    longer = dataclasses.replace(family, options=family.options | {"episode_length": family.episode_length + 1})
+    ids = family.task_ids("test")
+    recorded, goes_on = (
+        play(without_memory(family.demonstrator(ids)), tasks, ids, 1, 0, recorded=2).observations
+        for tasks in (family, longer)
+    )
+    for row in range(2):
+        assert np.array_equal(recorded[row, 0], goes_on[row, 0][:-1])
+        assert len(recorded[row, 0]) == family.episode_length + 1
 
 
 def test_a_context_that_is_reset_holds_one_episode_and_otherwise_all(family):

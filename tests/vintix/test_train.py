@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from vintix_stub import write_dataset
 
 from newllm.settings import UserError
+from newllm.training import devices
 from newllm.vintix import train as module
 from newllm.vintix.data import HistoryDataset
 from newllm.vintix.environments import TaskFamily
@@ -64,6 +66,14 @@ def test_a_finished_run_is_kept_and_other_settings_move_it_aside(data, tmp_path)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     train(VintixRun(**SMALL | {"steps": 2, "evaluations": 1, "lr": 1e-3}), [data], tmp_path / "run")
     assert (tmp_path / "run~old" / "model").is_dir()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_precision_that_auto_is_here_is_kept(data, tmp_path, monkeypatch, native):
+    monkeypatch.setattr(devices, "native_bf16", lambda device: native)
+    train(VintixRun(**SMALL | {"steps": 1, "evaluations": 1}), [data], tmp_path / "run")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["precision"] == ("bf16" if native else "float32")
 
 
 def test_the_weights_that_play_best_are_kept(data, tmp_path, monkeypatch):

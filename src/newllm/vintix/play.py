@@ -37,7 +37,8 @@ class Played:
     returns: np.ndarray
     """(n, E) sums of rewards."""
     observations: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    """By row and episode, the observations (steps, do) of the episodes that were to be recorded."""
+    """By row and episode, the observations (steps + 1, do) of the episodes that were to be recorded, from that at the
+    start to that after the last step."""
 
 
 def play(act: Act, family: TaskFamily, task_ids: np.ndarray, episodes: int, seed: int, recorded: int = 0) -> Played:
@@ -55,10 +56,13 @@ def play(act: Act, family: TaskFamily, task_ids: np.ndarray, episodes: int, seed
         for (row, number), observations in seen.items():
             if episode[row] == number:
                 observations.append(observation[row].copy())
-        observation, reward, terminated, truncated, _ = env.step(act(observation, reward, start))
+        observation, reward, terminated, truncated, info = env.step(act(observation, reward, start))
         counts = episode < episodes  # where episodes differ in length, some rows are done before others
         returns[rows[counts], episode[counts]] += reward[counts]
         start = terminated | truncated
+        for (row, number), observations in seen.items():
+            if start[row] and episode[row] == number:  # `observation` is that of the next episode already
+                observations.append(info["final_obs"][row])
         episode += start
     env.close()
     return Played(returns, {key: np.stack(observations) for key, observations in seen.items()})

@@ -18,7 +18,7 @@ def picture(options: dict[str, Any], strip: dict[str, Any]) -> str | None:
 
     Args:
         options: of the family; 'kind' decides how it is drawn.
-        strip: with 'parameters' of the task and 'observations', a list of those of each step.
+        strip: with 'parameters' of the task and 'observations', a list of those from the start to after the last step.
     """
     observations, parameters = strip["observations"], strip["parameters"]
     match options["kind"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from newllm.training.checkpoints import (
     write_result,
     write_whole,
 )
-from newllm.training.devices import set_threads
+from newllm.training.devices import resolve_device, resolve_precision, set_threads
 from newllm.vintix.data import Histories, HistoryDataset, read_histories
 from newllm.vintix.environments import from_spec
 from newllm.vintix.inference import VintixEngine
@@ -66,10 +66,11 @@ def train(
 
     folder receives config.yaml, data.json (what evaluation has to know of the data), metrics.jsonl, model/ (best
     weights by play, with the statistics that turn raw numbers into the model's) and result.json. A second call returns
-    what the first did.
+    what the first did. Where precision is 'auto', config.yaml says what it was here.
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
     """
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
+    run = replace(run, precision=resolve_precision(run, resolve_device(run)))  # type: ignore[arg-type]
     data = [read_histories(path) for path in data_folders]
     if run.target == "demonstrator":
         for histories in data:
