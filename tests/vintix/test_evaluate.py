@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from vintix_stub import SMALL, group, small_model, write_dataset
 
-from newllm.settings import UserError
+from newllm.settings import UserError, to_yaml
 from newllm.vintix.data import read_histories
 from newllm.vintix.environments import from_spec, task_family
 from newllm.vintix.evaluate import evaluate
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.play import agent, curve, interquartile_mean, normalised, play, without_memory
 from newllm.vintix.report import write_report
+from newllm.vintix.runs import check_alike, find_runs
 from newllm.vintix.settings import CollectSettings, VintixRun, VintixSettings
 from newllm.vintix.train import train
 
@@ -143,10 +144,11 @@ def test_intervals_hold_their_value_and_shrink_with_more_tasks():
 
 
 def test_report_of_several_seeds_and_a_control(data, tmp_path):
+    small = SMALL | {"precision": "float32"}
     for run in (
-        VintixRun(**SMALL, seed=0),
-        VintixRun(**SMALL, seed=1),
-        VintixRun(**SMALL, seed=0, demonstrator_only=True),
+        VintixRun(**small, seed=0),
+        VintixRun(**small, seed=1),
+        VintixRun(**small, seed=0, demonstrator_only=True),
     ):
         train(run, [data], tmp_path / run.name)
     settings = VintixSettings(episodes=3, headline_episode=2, resamples=50, strip_tasks=2)
@@ -160,6 +162,18 @@ def test_report_of_several_seeds_and_a_control(data, tmp_path):
     assert np.array(results["families"][0]["scores"]["full"]).shape == (2, 5, 3)
     html = write_report(tmp_path).read_text()
     assert "context reset" in html
+    # How it was made, and what each interval is over.
+    said = re.sub(r"<[^>]+>", " ", html.split("<script")[0])
+    assert "noise and all (target taken); the histories, of 1000 steps, have noise of power p = 1 in their" in said
+    assert "the actions that were taken in the histories, noise and all (Algorithm Distillation" in said
+    assert "ε(n) = (1 − (n / 900)^1)^(1/1) until step n = 900 and 0 after it (p = 1, f = 0.1)" in said
+    assert "float32 in training; float32 in play" in said
+    assert "with 2 by √(1/2)" in said
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", html)]
+    over = {" ".join(row[:2]): row[-3:] for row in rows}
+    assert over["model its"] == over["context reset"] == ["tasks", "and", "seeds"]
+    assert over["demonstrator only"][-2:] == ["0", "tasks"]
+    assert over["random uniform"][-2:] == ["—", "tasks"]
     assert html.count('<svg class="plane"') == 4
     assert not re.search(r'(src|href)="https?:', html.split("<script")[0])
 
@@ -175,6 +189,95 @@ def test_test_tasks_begin_in_states_that_training_has_not_begun_in(tmp_path):
     mean, std = (np.array(histories.metadata[key]) for key in ("observation_mean", "observation_std"))
     begun = histories.observation[histories.step_num == 0] * std + mean
     assert np.abs(np.array(first)[:, None] - begun).max(axis=-1).min() > 1e-3
+
+
+def finished(folder, *, collect=None, options=None, **values):
+    """A run folder as training leaves it, but for its weights: for what is refused before anything is played."""
+    folder.mkdir(parents=True)
+    run = VintixRun(**SMALL | {"precision": "float32"} | values)
+    collect = CollectSettings(**collect or {})
+    data = {"name": "point_reacher", "collect": dataclasses.asdict(collect), "family": {"options": options}}
+    (folder / "config.yaml").write_text(to_yaml(run))
+    (folder / "data.json").write_text(json.dumps([data]))
+    (folder / "result.json").write_text(json.dumps({"model": "vintix", "training": {}}))
+    return folder
+
+
+def measured(*folders):
+    evaluate(list(folders), VintixSettings(episodes=2, headline_episode=1), folders[0], "", lambda line: None)
+
+
+CHANGES = {
+    "target": "demonstrator",
+    "steps": 5,
+    "lr": 0.5,
+    "context": 12,
+    "hidden_size": 8,
+    "dropout": 0.0,
+    "evaluations": 2,
+    "precision": "bf16",
+}
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize(("name", "value"), CHANGES.items())
+def test_runs_of_other_settings_are_not_measured_together(tmp_path, name, value, control):
+    one = finished(tmp_path / "seed-0")
+    two = finished(tmp_path / "other", seed=1, demonstrator_only=control, **{name: value})
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=rf"{flag} is \S+ in {one}, {value} in {two}: .* train one of them again"):
+        measured(tmp_path)
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize(("name", "value"), [("history_steps", 96), ("noise_power", 3.0), ("collect_seed", 1)])
+def test_nor_are_runs_on_histories_of_other_settings(tmp_path, name, value, control):
+    finished(tmp_path / "seed-0")
+    two = finished(tmp_path / "other", seed=1, demonstrator_only=control, collect={name: value})
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=rf"{flag} is \S+ in the histories of .*seed-0, {value} in those of {two}"):
+        measured(tmp_path)
+
+
+def test_nor_are_runs_on_other_noise_unless_they_are_the_control(tmp_path):
+    first = finished(tmp_path / "seed-0")
+    other = finished(tmp_path / "seed-1", seed=1, collect={"noise_free_share": 1.0})
+    with pytest.raises(UserError, match=r"--noise-free-share is 0\.1 in the histories of"):
+        measured(first, other)
+    control = finished(tmp_path / "control", demonstrator_only=True, collect={"noise_free_share": 1.0})
+    check_alike(find_runs([first, control], pytest.fail))
+
+
+def test_nor_are_runs_on_other_tasks(tmp_path):
+    first, other = finished(tmp_path / "seed-0"), finished(tmp_path / "seed-1", seed=1, options={"episode_length": 9})
+    with pytest.raises(UserError, match="have learned different tasks of point_reacher"):
+        measured(first, other)
+
+
+def test_where_and_how_long_a_run_was_trained_does_not_matter(tmp_path):
+    first = finished(tmp_path / "seed-0")
+    other = finished(tmp_path / "seed-1", seed=1, threads=2, jobs=2, device="cpu", checkpoint_minutes=9.0, seeds=[1])
+    check_alike(find_runs([first, other], pytest.fail))
+
+
+def test_a_seed_counts_once(tmp_path):
+    first, again = finished(tmp_path / "a" / "seed-0"), finished(tmp_path / "b" / "seed-0")
+    for folders in ((first, again), (first, tmp_path / "a")):
+        with pytest.raises(UserError, match=r"seed-0 are both of seed 0: name one run of each seed"):
+            measured(*folders)
+
+
+def test_what_is_passed_over_is_said(tmp_path):
+    folder = tmp_path / "runs"
+    old, begun = finished(folder / "seed-0~old"), finished(folder / "seed-1", seed=1)
+    (begun / "result.json").write_text('{"model": "vintix"}')
+    with pytest.raises(UserError, match=r"no finished run .*, only seed-0~old \(moved aside .*, seed-1 \(not finished"):
+        find_runs([folder], pytest.fail)
+    finished(folder / "seed-2", seed=2)
+    said = []
+    assert [run.seed for run in find_runs([folder], said.append)] == [2]
+    assert [line.split("passes over ")[1].split(" ")[0] for line in said] == ["seed-0~old", "seed-1"]
+    assert [run.seed for run in find_runs([old], pytest.fail)] == [0]  # when it is named itself
 
 
 def test_what_cannot_be_evaluated_is_refused(data, tmp_path):

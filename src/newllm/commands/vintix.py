@@ -163,11 +163,14 @@ def evaluate(settings: VintixSettings, folders: list[str], out: str | None) -> P
 def print_scores(family: dict[str, Any], headline: int) -> None:
     """A row for each way to play: normalised scores, with their 95 % intervals."""
     episodes = sorted({1, headline, len(family["curves"]["full"]["value"])})
-    print(f"\n{family['name']}: {family['tasks']} test tasks, normalised score [95 % interval]")
+    what = "normalised score [95 % interval, over seeds too where several]"
+    print(f"\n{family['name']}: {family['tasks']} test tasks, {what}")
     print(f"  {'':18}" + "".join(f"{f'episode {episode}':>22}" for episode in episodes))
     for name, values in family["curves"].items():
         at = [tuple(values[key][episode - 1] for key in ("value", "low", "high")) for episode in episodes]
-        print(f"  {name:18}" + "".join(f"{f'{v:.2f} [{low:.2f}, {high:.2f}]':>22}" for v, low, high in at))
+        seeds = f"  {'seeds' if len(values['seeds']) > 1 else 'seed'} {', '.join(map(str, values['seeds']))}"
+        cells = "".join(f"{f'{v:.2f} [{low:.2f}, {high:.2f}]':>22}" for v, low, high in at)
+        print(f"  {name:18}{cells}{seeds if values['seeds'] else ''}")
 
 
 def bench(settings: VintixBench) -> dict[str, Any]:

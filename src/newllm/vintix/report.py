@@ -25,6 +25,14 @@ CURVES = {
     "blind": ("blind demonstrator", "takes every task for the average one", "--model-4", "dash"),
     "random": ("random", "uniform in the action space", "--soft", "dot"),
 }
+TARGETS = {
+    "taken": "the actions that were taken in the histories, noise and all",
+    "demonstrator": "the actions the demonstrator would have taken in the histories, not those that were taken",
+}
+TARGET_SOURCES = {
+    "taken": "Algorithm Distillation, arXiv 2210.14215",
+    "demonstrator": "as in the Decision-Pretrained Transformer, arXiv 2306.14892",
+}
 REFERENCES = ("demonstrator", "blind", "random")  # drawn without their intervals, which the table has
 STRIP_NOTES = {
     "point_reacher": "The path of the point, seen from above. The ring is the goal, which is not observed; the black "
@@ -55,7 +63,7 @@ def report_context(results: dict[str, Any]) -> dict[str, Any]:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    families = [family_context(family, results["settings"]) for family in results["families"]]
+    families = [family_context(family, results) for family in results["families"]]
     figures = {
         f"plot-{context['id']}": score_figure(family)
         for context, family in zip(families, results["families"], strict=True)
@@ -77,7 +85,7 @@ def report_context(results: dict[str, Any]) -> dict[str, Any]:
         "runs": results["runs"],
         "facts": facts(results),
         "command": results["command"],
-        "config": yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True),
+        "config": as_yaml(results["config"]),
         # "<" could otherwise end the script element.
         "data": Markup(json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")),
         "style": Markup(STYLE.read_text(encoding="utf-8")),
@@ -86,8 +94,13 @@ def report_context(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def family_context(family: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def as_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def family_context(family: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """One family's section."""
+    settings = results["settings"]
     headline, last, kind = settings["headline_episode"], settings["episodes"], family["options"]["kind"]
     shown = sorted({1, headline, last})
     curves = {key: family["curves"][key] for key in CURVES if key in family["curves"]}
@@ -103,15 +116,16 @@ def family_context(family: dict[str, Any], settings: dict[str, Any]) -> dict[str
                 for episode in shown
             ],
             "seeds": ", ".join(map(str, values["seeds"])) or "—",
+            "over": "tasks and seeds" if len(values["seeds"]) > 1 else "tasks",
         }
         for key, values in curves.items()
     ]
     return {
         "id": f"family-{family['name']}",
         "title": family["name"].replace("_", " "),
-        "headline": headline_words(family, headline),
+        "headline": f"{headline_words(family, headline)} {method_words(family, results['config'])}",
         "tasks": family["tasks"],
-        "many_seeds": len(curves["full"]["seeds"]) > 1,
+        "collect": as_yaml(family["collect"]),
         "table": {"episodes": shown, "rows": rows},
         "strips": strips(family),
         "strip_note": STRIP_NOTES.get(kind, ""),
@@ -135,6 +149,34 @@ def headline_words(family: dict[str, Any], episode: int) -> str:
     if "demonstrator_only" in family["curves"]:
         text += f"; trained on histories of the demonstrator alone {score('demonstrator_only')}"
     return text + "."
+
+
+def method_words(family: dict[str, Any], config: dict[str, Any]) -> str:
+    """What the scores were made by, in a sentence: the target of training and the noise of the histories."""
+    collect = family["collect"]
+    noise = f"noise of power p = {collect['noise_power']:g} in their first {noisy_steps(collect)} steps"
+    if noisy_steps(collect) == 0:
+        noise = "no noise"
+    return (
+        f"The model was trained to give {TARGETS[config['target']]} (target {config['target']}); the histories, of "
+        f"{collect['history_steps']} steps, have {noise}."
+    )
+
+
+def noisy_steps(collect: dict[str, Any]) -> int:
+    """Steps of a history before its noise has ended."""
+    return round((1 - collect["noise_free_share"]) * collect["history_steps"])
+
+
+def noise_words(collect: dict[str, Any]) -> str:
+    """The actions of the histories, as a formula."""
+    noisy, power, share = noisy_steps(collect), f"{collect['noise_power']:g}", f"{collect['noise_free_share']:g}"
+    if noisy == 0:
+        return "all actions the demonstrator's, without noise (f = 1)"
+    return (
+        f"action (1 − ε(n))·demonstrator + ε(n)·uniform, with ε(n) = (1 − (n / {noisy})^{power})^(1/{power}) until "
+        f"step n = {noisy} and 0 after it (p = {power}, f = {share})"
+    )
 
 
 def strips(family: dict[str, Any]) -> list[dict[str, Any]]:
@@ -181,6 +223,7 @@ def training_figure(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     """How it was made, in words."""
     config, settings, machine = results["config"], results["settings"], results["machine"]
+    families = results["families"]
     windows = config["batch_size"] * config["gradient_accumulation"]
     context = settings["evaluate_context"] or config["context"]
     return [
@@ -190,7 +233,34 @@ def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
             f"{config['steps']:,} optimizer steps of {windows} windows of {config['context']} steps; AdamW, peak "
             f"learning rate {config['lr']:g}",
         ),
+        ("Target", f"{TARGETS[config['target']]} ({TARGET_SOURCES[config['target']]})"),
+        *((f"Histories of {family['name'].replace('_', ' ')}", history_words(family)) for family in families),
         ("Context", f"the last {context} steps when it acts"),
-        ("Intervals", f"95 %, of {settings['resamples']:,} bootstrap samples of tasks and seeds"),
+        (
+            "Precision",
+            f"{config['precision']}{' autocast' if config['precision'] == 'bf16' else ''} in training; "
+            f"{families[0]['precision']} in play, on validation and on test tasks",
+        ),
+        ("Intervals", interval_words(len(families[0]["curves"]["full"]["seeds"]), settings["resamples"])),
         ("Machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, torch {machine['torch']}"),
     ]
+
+
+def history_words(family: dict[str, Any]) -> str:
+    """What was collected."""
+    collect = family["collect"]
+    each = collect["histories_per_task"]
+    histories = f"{each} histories" if each > 1 else "one history"
+    what = f"{collect['train_tasks']:,} tasks, {histories} of {collect['history_steps']} steps in each"
+    return f"{what}; {noise_words(collect)}"
+
+
+def interval_words(seeds: int, resamples: int) -> str:
+    """What the intervals are over. A bootstrap of S seeds varies as (S − 1)/S of the seeds' own variance."""
+    text = f"95 %, of {resamples:,} bootstrap samples of the test tasks"
+    if seeds == 1:
+        return f"{text}; how another seed would score, they do not say"
+    return (
+        f"{text}, and of the seeds where there are several (the table says where); so few seeds make their part too "
+        f"narrow, with {seeds} by √({seeds - 1}/{seeds})"
+    )

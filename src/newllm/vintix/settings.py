@@ -230,9 +230,8 @@ class VintixRun(VintixSettings):
 
     def hash(self, *, training_only: bool = True) -> str:
         """Identifies what the run computes, but for its data. Threads change rounding alone."""
-        computed = {f.name for cls in (VintixModelSettings, VintixTrainSettings) for f in fields(cls)}
-        computed -= {"seeds", "control_seeds", "checkpoint_minutes", "threads", "jobs"}
-        values = {name: getattr(self, name) for name in sorted(computed | {"seed", "demonstrator_only"})}
+        names = sorted([*training_fields(), "seed", "demonstrator_only"])
+        values = {name: getattr(self, name) for name in names}
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
@@ -294,6 +293,12 @@ def _seeds(settings: object, name: str) -> None:
 def model_values(settings: VintixModelSettings) -> dict[str, Any]:
     """The fields of VintixModelSettings alone, by name."""
     return {f.name: getattr(settings, f.name) for f in fields(VintixModelSettings)}
+
+
+def training_fields() -> list[str]:
+    """Names of the fields that decide what training computes, from a seed and from histories."""
+    names = [f.name for cls in (VintixModelSettings, VintixTrainSettings) for f in fields(cls)]
+    return [name for name in names if name not in ("seeds", "control_seeds", "checkpoint_minutes", "threads", "jobs")]
 
 
 def collect_values(settings: CollectSettings) -> dict[str, Any]:
