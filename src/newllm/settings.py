@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -312,6 +313,11 @@ class RunSettings(CommonSettings):
         if self.plugin is not None:
             values["plugin"] = hashlib.sha256(Path(self.plugin).read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cache_folder(chosen: str | None = None) -> Path:
+    """Where tokenizers, token files and compiled kernels are kept: `chosen`, else $NEWLLM_CACHE, else ~/.cache/newllm."""
+    return Path(chosen or os.environ.get("NEWLLM_CACHE") or "~/.cache/newllm").expanduser()
 
 
 def scale_names() -> list[str]:

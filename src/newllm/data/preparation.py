@@ -23,7 +23,7 @@ from newllm.data.overlap import NGRAM_WORDS, overlap_shares
 from newllm.data.splits import SPLITS, Spool, split_documents
 from newllm.data.tokenizer import check_vocab_size, load_tokenizer, train_bpe
 from newllm.data.tokens import TokenFile, read_tokens, write_tokens
-from newllm.settings import PILE_TOKENIZER, DataSettings, UserError, load_scale
+from newllm.settings import PILE_TOKENIZER, DataSettings, UserError, cache_folder, load_scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ def prepare(settings: DataSettings, progress: Callable[[str], None] | None = Non
     tokenizer_name, vocab_size = _tokenizer_choice(settings)
     corpus = open_corpus(settings)
     fingerprint = _fingerprint(settings, corpus, tokenizer_name, vocab_size)
-    cache = cache_folder(settings)
+    cache = cache_folder(settings.cache_dir)
     folder = cache / fingerprint
     if not _complete(folder):
         try:
@@ -80,11 +80,6 @@ def prepare(settings: DataSettings, progress: Callable[[str], None] | None = Non
     data = load_prepared(folder)
     _check_length(data, settings)
     return data
-
-
-def cache_folder(settings: DataSettings) -> Path:
-    """--cache-dir, else $NEWLLM_CACHE, else ~/.cache/newllm."""
-    return Path(settings.cache_dir or os.environ.get("NEWLLM_CACHE") or "~/.cache/newllm").expanduser()
 
 
 def _tokenizer_choice(settings: DataSettings) -> tuple[str, int]:

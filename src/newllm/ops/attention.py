@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from newllm.ops import native
+
 # Queries of one block of the parallel form. Bounds the additive mask to (H, BLOCK, S) and skips keys no query can see.
 BLOCK = 512
 # Up to this many queries, two matrix products: scaled_dot_product_attention is slow for few queries on a CPU.
@@ -43,6 +45,8 @@ def causal_attention(
         (B, H, T, dv) in the dtype of q. The row of a padded query is finite and without meaning.
     """
     T, S = q.shape[2], k.shape[2]
+    if T == 1 and native.usable(q, k, v) and k.stride(3) == v.stride(3) == 1:
+        return _one_query(q, k, v, slopes, window, mask, scale)
     if T <= DIRECT_QUERIES:
         return _direct(q, k, v, slopes, window, mask, scale)
     if slopes is None and mask is None and T == S and (window is None or window >= S):
@@ -111,6 +115,33 @@ def _sdpa(
             q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     return mixed.to(dtype)
+
+
+def _one_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    window: int | None,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """A token decoded on a CPU, by our own kernel."""
+    S = k.shape[2]
+    first, distances = 0, None
+    if mask is not None:
+        places = mask.cumsum(dim=1)
+        distances = (places[:, -1:] - places).float()
+        seen = mask.clone()
+        seen[:, -1] = True
+        if window is not None:
+            seen &= distances < window
+        distances = distances.masked_fill(~seen, -1.0)
+    elif window is not None:
+        first = max(0, S - window)
+    if slopes is not None:
+        slopes = slopes.float().expand(q.shape[1])
+    return native.attention(q, k, v, slopes, distances, first, q.shape[3] ** -0.5 if scale is None else scale)
 
 
 def _direct(

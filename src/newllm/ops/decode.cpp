@@ -1,0 +1,361 @@
+// Decoding on a CPU: products of a few rows with a weight, and attention of one query a row to all that is cached.
+//
+// The work is reading. Every weight, key and value is read once, in the type and at the place it lies in, in the order of
+// memory, and summed in float32. No sum depends on the number of threads or on the other rows of a batch.
+//
+// Vectors are those of GCC and Clang, which become whatever instructions the machine has; the one exception is the dot product
+// of bfloat16 numbers. Called by native.py; the twins are torch's own linear and `reference.attention`.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+constexpr int LANES = 16, BLOCK = 2 * LANES;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bfloat16 x) {  // the upper half of a float
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+inline void store(float* to, float x) { *to = x; }
+inline void store(bfloat16* to, float x) {  // to the nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    to->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// A block of 32 numbers, as it lies in memory and as two vectors of floats. Of bfloat16 the first of the two holds the numbers
+// at even places and the second those at odd ones: two instructions, where their order would take eight.
+struct Two {
+    floats a, b;
+};
+template <typename T>
+using Raw = std::conditional_t<std::is_same_v<T, float>, Two, words>;
+
+inline Two widen(Two x) { return x; }
+inline Two widen(words x) { return {(floats)(x << 16), (floats)(x & 0xffff0000u)}; }
+
+// Where number i of a block comes to stand in the two.
+template <typename T>
+constexpr int place(int i) {
+    return std::is_same_v<T, float> ? i : i % 2 * LANES + i / 2;
+}
+
+template <typename V>
+inline V load(const void* from) {
+    V x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline void put(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
+
+// A vector of `size` numbers, cut into blocks. If 32 does not divide it, the last block begins earlier and overlaps the one
+// before, so that nothing behind the vector is read; a vector shorter than a block (SHORT) is copied.
+struct Blocks {
+    int64_t size, count;
+    explicit Blocks(int64_t size) : size(size), count((size + BLOCK - 1) / BLOCK) {}
+    int64_t start(int64_t b) const { return size < BLOCK || (b + 1) * BLOCK <= size ? b * BLOCK : size - BLOCK; }
+    int64_t numbers() const { return count * BLOCK; }
+};
+
+template <bool SHORT, typename T>
+inline Raw<T> load_block(const T* from, const Blocks& blocks) {
+    if constexpr (SHORT) {
+        T padded[BLOCK] = {};
+        std::memcpy(padded, from, blocks.size * sizeof(T));
+        return load<Raw<T>>(padded);
+    }
+    return load<Raw<T>>(from);
+}
+
+// One operand of a dot product is prepared once: `Query` is what its numbers become. A sum runs in two chains, which are
+// independent of each other, so that the next product need not wait for the last.
+#ifdef __AVX512BF16__
+template <typename T>
+using Query = T;
+#else
+template <typename T>
+using Query = float;
+#endif
+
+template <int CHAIN>
+inline void add_product(floats sum[2], const float* q, Two key) {
+    sum[0] += load<floats>(q) * key.a;
+    sum[1] += load<floats>(q + LANES) * key.b;
+}
+template <int CHAIN>
+inline void add_product(floats sum[2], const float* q, words key) {
+    add_product<CHAIN>(sum, q, widen(key));
+}
+#ifdef __AVX512BF16__
+template <int CHAIN>
+inline void add_product(floats sum[2], const bfloat16* q, words key) {
+    sum[CHAIN] = (floats)_mm512_dpbf16_ps((__m512)sum[CHAIN], (__m512bh)load<words>(q), (__m512bh)key);
+}
+#endif
+
+// x in the order in which its blocks are read; what the last block has in common with the one before counts once.
+template <typename T>
+void prepare(const T* x, const Blocks& blocks, Query<T>* to) {
+    for (int64_t b = 0; b < blocks.count; b++)
+        for (int i = 0; i < BLOCK; i++) {
+            const int64_t at = blocks.start(b) + i;
+            const bool counts = at >= b * BLOCK && at < blocks.size;
+            if constexpr (std::is_same_v<Query<T>, T>) to[b * BLOCK + i] = counts ? x[at] : T{};
+            else to[b * BLOCK + place<T>(i)] = counts ? widen(x[at]) : 0.f;
+        }
+}
+
+// The sums of eight vectors, as the first eight lanes of one.
+inline floats halve(floats a, floats b) {
+    constexpr ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+}
+inline floats sums(const floats x[8]) {
+    const floats s = halve(halve(halve(x[0], x[1]), halve(x[2], x[3])), halve(halve(x[4], x[5]), halve(x[6], x[7])));
+    return halve(s, s);
+}
+
+// to[r * stride + i] = q_r · keys[i], for R prepared vectors, one behind the other, and 8 / R others.
+template <typename T, int R, bool SHORT>
+inline void products(const Query<T>* q, const T* const* keys, const Blocks& blocks, float* to, int64_t stride) {
+    constexpr int TOGETHER = 8 / R;
+    const int64_t width = blocks.numbers();
+    floats all[8];
+    UNROLL for (int i = 0; i < TOGETHER; i++) {  // one after the other: memory is quickest when it is read in its order
+        floats sum[R][2] = {};
+        int64_t b = 0;
+        for (; b + 1 < blocks.count; b += 2) {
+            const Raw<T> key = load_block<SHORT>(keys[i] + blocks.start(b), blocks);
+            const Raw<T> next = load_block<SHORT>(keys[i] + blocks.start(b + 1), blocks);
+            UNROLL for (int r = 0; r < R; r++) add_product<0>(sum[r], q + r * width + b * BLOCK, key);
+            UNROLL for (int r = 0; r < R; r++) add_product<1>(sum[r], q + r * width + (b + 1) * BLOCK, next);
+        }
+        if (b < blocks.count) {
+            const Raw<T> key = load_block<SHORT>(keys[i] + blocks.start(b), blocks);
+            UNROLL for (int r = 0; r < R; r++) add_product<0>(sum[r], q + r * width + b * BLOCK, key);
+        }
+        UNROLL for (int r = 0; r < R; r++) all[r * TOGETHER + i] = sum[r][0] + sum[r][1];
+    }
+    const floats total = sums(all);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int i = 0; i < TOGETHER; i++) to[r * stride + i] = total[r * TOGETHER + i];
+}
+
+// f(R, done) for R = 8, 4, 2 or 1 of `count` that are not done, until all are.
+template <typename F>
+inline void in_groups(int64_t count, const F& f) {
+    for (int64_t done = 0; done < count;) {
+        const int64_t left = count - done;
+        if (left >= 8) f(std::integral_constant<int, 8>(), done), done += 8;
+        else if (left >= 4) f(std::integral_constant<int, 4>(), done), done += 4;
+        else if (left >= 2) f(std::integral_constant<int, 2>(), done), done += 2;
+        else f(std::integral_constant<int, 1>(), done), done += 1;
+    }
+}
+
+// ---- out (M, N) = x (M, K) · w (N, K)ᵀ + bias (N,)
+
+template <typename T, bool SHORT>
+void linear(const T* x, int64_t M, int64_t K, const T* w, const T* bias, int64_t N, T* out, int threads) {
+    constexpr int ROWS = 8;  // of the weight: for the second group of x they are still in the core's own cache
+    const Blocks blocks(K);
+    std::vector<Query<T>> q(M * blocks.numbers());
+    for (int64_t m = 0; m < M; m++) prepare(x + m * K, blocks, q.data() + m * blocks.numbers());
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t n = 0; n < N; n += ROWS) {
+        const T* rows[ROWS];
+        for (int i = 0; i < ROWS; i++) rows[i] = w + (n + i < N ? n + i : N - 1) * K;
+        in_groups(M, [&](auto R, int64_t m) {
+            float y[R * ROWS];
+            for (int i = 0; i < ROWS; i += 8 / R)
+                products<T, R, SHORT>(q.data() + m * blocks.numbers(), rows + i, blocks, y + i, ROWS);
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < ROWS && n + i < N; i++)
+                    store(out + (m + r) * N + n + i, y[r * ROWS + i] + (bias ? widen(bias[n + i]) : 0.f));
+        });
+    }
+}
+
+// ---- attention of one query in each row
+
+struct Attention {
+    const void *q, *k, *v;   // (B, H, d) without gaps; (B, Hk, S, d) and (B, Hk, S, dv) with strides
+    const float* slopes;     // (H,), or null
+    const float* distances;  // (B, S) without gaps, of the query and each token, negative where it is not seen; null: S - 1 - j
+    void* out;               // (B, H, dv) without gaps
+    int64_t B, H, Hk, S, d, dv;
+    int64_t first;  // tokens before this one are not seen
+    int64_t k_row, k_head, k_token, v_row, v_head, v_token;  // in numbers
+    float scale;
+};
+
+constexpr int TOKENS = 64;   // whose scores are known before their values are read
+constexpr int PIECE = 256;  // tokens of a task; not a matter of threads or rows, so that sums are not either
+
+// e^x for x <= 0: 2^n times a polynomial of the rest.
+inline floats exponential(floats x) {
+    floats t = x * 1.44269504f;
+    t = t < -126.f ? floats{} - 126.f : t;
+    const ints n = __builtin_convertvector(t - 0.5f, ints);  // to the nearest
+    const floats f = (t - __builtin_convertvector(n, floats)) * 0.693147181f;
+    const floats p = 1.f / 120 + f * (1.f / 720);
+    return (1.f + f * (1.f + f * (0.5f + f * (1.f / 6 + f * (1.f / 24 + f * p))))) * (floats)((n + 127) << 23);
+}
+
+// Adds to WIDE blocks of R vectors `mixed` the values of n tokens, weighted.
+template <typename T, int R, int WIDE, bool SHORT>
+inline void mix(const float (*w)[TOKENS], const T* v, int64_t stride, int n, const Blocks& blocks, int64_t b, float* mixed) {
+    const int64_t width = blocks.numbers();
+    Two sum[R][WIDE];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int i = 0; i < WIDE; i++) sum[r][i] = load<Two>(mixed + r * width + (b + i) * BLOCK);
+    for (int t = 0; t < n; t++)
+        UNROLL for (int i = 0; i < WIDE; i++) {
+            const Two value = widen(load_block<SHORT>(v + t * stride + blocks.start(b + i), blocks));
+            UNROLL for (int r = 0; r < R; r++) {
+                sum[r][i].a += w[r][t] * value.a;
+                sum[r][i].b += w[r][t] * value.b;
+            }
+        }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int i = 0; i < WIDE; i++) {
+            put(mixed + r * width + (b + i) * BLOCK, sum[r][i].a);
+            put(mixed + r * width + (b + i) * BLOCK + LANES, sum[r][i].b);
+        }
+}
+
+// R query heads of one key head over tokens [from, to). Of each: the highest score, Σ e^(score − highest), and that sum
+// weighted with the values.
+template <typename T, int R, bool SHORT>
+void attend(const Attention& a, const Query<T>* q, const T* k, const T* v, const float* slopes, const float* distances,
+            int64_t from, int64_t to, float* highest, float* total, float* mixed) {
+    constexpr int TOGETHER = 8 / R;
+    constexpr int ROWS = R < 4 ? R : 4, WIDE = 2;  // vectors that fit the registers
+    const Blocks keys(a.d), values(a.dv);
+    const int64_t width = values.numbers();
+    alignas(64) float w[R][TOKENS], far[TOKENS];
+    for (int r = 0; r < R; r++) highest[r] = -INFINITY, total[r] = 0.f;
+    std::memset(mixed, 0, R * width * sizeof(float));
+    for (int64_t j = from; j < to; j += TOKENS) {
+        const int n = int(to - j < TOKENS ? to - j : TOKENS);
+        for (int t = 0; t < n; t += TOGETHER) {
+            const T* some[TOGETHER];
+            for (int i = 0; i < TOGETHER; i++) some[i] = k + (j + (t + i < n ? t + i : n - 1)) * a.k_token;
+            products<T, R, SHORT>(q, some, keys, &w[0][t], TOKENS);
+        }
+        for (int t = 0; t < TOKENS; t++) far[t] = t >= n ? -1.f : distances ? distances[j + t] : float(a.S - 1 - j - t);
+        for (int r = 0; r < R; r++) {
+            const float slope = slopes ? slopes[r] : 0.f;
+            for (int t = 0; t < TOKENS; t += LANES) {
+                const floats distance = load<floats>(far + t);
+                put(w[r] + t, distance < 0.f ? floats{} - INFINITY : load<floats>(w[r] + t) * a.scale - slope * distance);
+            }
+            float high = highest[r];
+            for (int t = 0; t < TOKENS; t++) high = w[r][t] > high ? w[r][t] : high;
+            const float fade = high == -INFINITY ? 1.f : std::exp(highest[r] - high);
+            floats sum = {};
+            for (int t = 0; t < TOKENS; t += LANES) {
+                const floats s = load<floats>(w[r] + t);
+                const floats e = s == -INFINITY ? floats{} : exponential(s - high);
+                put(w[r] + t, e);
+                sum += e;
+            }
+            total[r] *= fade;
+            for (int i = 0; i < LANES; i++) total[r] += sum[i];
+            highest[r] = high;
+            if (fade != 1.f)
+                for (int64_t c = 0; c < width; c++) mixed[r * width + c] *= fade;
+        }
+        for (int r = 0; r < R; r += ROWS) {
+            const T* first = v + j * a.v_token;
+            int64_t b = 0;
+            for (; b + WIDE <= values.count; b += WIDE)
+                mix<T, ROWS, WIDE, SHORT>(w + r, first, a.v_token, n, values, b, mixed + r * width);
+            if (b < values.count) mix<T, ROWS, 1, SHORT>(w + r, first, a.v_token, n, values, b, mixed + r * width);
+        }
+    }
+}
+
+template <typename T, bool SHORT>
+void attention(const Attention& a, int threads) {
+    const Blocks keys(a.d), values(a.dv);
+    const int64_t G = a.H / a.Hk, heads = a.B * a.H, width = values.numbers();
+    const int64_t pieces = (a.S - a.first + PIECE - 1) / PIECE;
+    std::vector<Query<T>> q(heads * keys.numbers());
+    for (int64_t h = 0; h < heads; h++) prepare((const T*)a.q + h * a.d, keys, q.data() + h * keys.numbers());
+    std::vector<float> highest(pieces * heads), total(pieces * heads), mixed(pieces * heads * width);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < a.B * a.Hk * pieces; task++) {
+        const int64_t p = task % pieces, head = task / pieces % a.Hk, row = task / pieces / a.Hk;
+        const int64_t from = a.first + p * PIECE, to = from + PIECE < a.S ? from + PIECE : a.S;
+        const T* k = (const T*)a.k + row * a.k_row + head * a.k_head;
+        const T* v = (const T*)a.v + row * a.v_row + head * a.v_head;
+        in_groups(G, [&](auto R, int64_t g) {
+            const int64_t h = row * a.H + head * G + g, at = p * heads + h;
+            attend<T, R, SHORT>(a, q.data() + h * keys.numbers(), k, v, a.slopes ? a.slopes + head * G + g : nullptr,
+                                a.distances ? a.distances + row * a.S : nullptr, from, to, &highest[at], &total[at], &mixed[at * width]);
+        });
+    }
+    std::vector<float> y(width);
+    for (int64_t h = 0; h < heads; h++) {
+        float high = -INFINITY, sum = 0.f;
+        for (int64_t p = 0; p < pieces; p++) high = highest[p * heads + h] > high ? highest[p * heads + h] : high;
+        std::fill(y.begin(), y.end(), 0.f);
+        for (int64_t p = 0; p < pieces; p++) {
+            const int64_t at = p * heads + h;
+            const float share = std::exp(highest[at] - high);
+            sum += share * total[at];
+            for (int64_t c = 0; c < width; c++) y[c] += share * mixed[at * width + c];
+        }
+        for (int64_t b = 0; b < values.count; b++)
+            for (int i = 0; i < BLOCK && values.start(b) + i < a.dv; i++)
+                store((T*)a.out + h * a.dv + values.start(b) + i, y[b * BLOCK + place<T>(i)] / sum);
+    }
+}
+
+template <typename T>
+void linear(const void* x, int64_t M, int64_t K, const void* w, const void* bias, int64_t N, void* out, int threads) {
+    const auto f = K < BLOCK ? linear<T, true> : linear<T, false>;
+    f((const T*)x, M, K, (const T*)w, (const T*)bias, N, (T*)out, threads);
+}
+
+template <typename T>
+void attention(const Attention& a, int threads) {
+    const auto f = a.d < BLOCK || a.dv < BLOCK ? attention<T, true> : attention<T, false>;
+    f(a, threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+void newllm_linear(int is_bfloat16, const void* x, int64_t M, int64_t K, const void* w, const void* bias, int64_t N, void* out,
+                   int threads) {
+    (is_bfloat16 ? linear<bfloat16> : linear<float>)(x, M, K, w, bias, N, out, threads);
+}
+
+void newllm_attention(int is_bfloat16, const Attention* arguments, int threads) {
+    (is_bfloat16 ? attention<bfloat16> : attention<float>)(*arguments, threads);
+}
+}

@@ -1,0 +1,165 @@
+"""Our own kernels for decoding on a CPU, `decode.cpp`: compiled when first needed, kept for the next process.
+
+They need a C++ compiler (GCC or Clang with OpenMP; $CXX, c++, g++ or clang++). Without one, or with NEWLLM_NATIVE=0,
+`library()` is None and callers take torch's own operators: the same numbers, slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from newllm.settings import cache_folder
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+DTYPES = (torch.float32, torch.bfloat16)
+PLAIN = (Tensor, torch.nn.Parameter)  # other kinds of tensors have no memory of their own, or not this meaning
+
+logger = logging.getLogger(__name__)
+
+
+class AttentionArguments(ctypes.Structure):
+    """`struct Attention` of decode.cpp, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "slopes", "distances", "out")),
+        *((name, c_int64) for name in ("B", "H", "Hk", "S", "d", "dv", "first")),
+        *((name, c_int64) for name in ("k_row", "k_head", "k_token", "v_row", "v_head", "v_token")),
+        ("scale", c_float),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None."""
+    if os.environ.get("NEWLLM_NATIVE") == "0":
+        return None
+    try:
+        return load(build(SOURCE, cache_folder() / "kernels"))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning("decoding takes torch's own operators, which are slower: %s", " ".join(reason.split())[:300])
+        return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The compiled kernels in the file `path`, with the types of their arguments."""
+    kernels = ctypes.CDLL(str(path))
+    pointers_and_sizes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p]
+    kernels.newllm_linear.argtypes = [c_int, *pointers_and_sizes, c_int]
+    kernels.newllm_attention.argtypes = [c_int, POINTER(AttentionArguments), c_int]
+    kernels.newllm_linear.restype = kernels.newllm_attention.restype = None
+    return kernels
+
+
+def build(source: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
+    """Compiles `source`, unless a file of the same source, compiler, flags and processor is there; its path.
+
+    Raises:
+        OSError: no compiler, or the folder cannot be written.
+        subprocess.SubprocessError: it does not compile.
+    """
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        raise OSError("no C++ compiler is installed (set CXX to one)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    key = "\n".join((source.read_text(), version, *flags, _processor()))
+    target = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own first: another process may be at the same, and one may be killed.
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            command = [compiler, *flags, str(source), "-o", temporary]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            os.replace(temporary, target)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    return target
+
+
+def _processor() -> str:
+    """What -march=native depends on: a folder may be shared by machines."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.machine() + platform.processor()
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors, all of one dtype, here and now: plain CPU tensors, no gradient wanted."""
+    first = tensors[0]
+    return (
+        first.dtype in DTYPES
+        and all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype == first.dtype for x in tensors)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (…, K) times weight (N, K) transposed, plus bias (N,): (…, N). All `usable`; the weight without gaps."""
+    (N, K), kernels = weight.shape, library()
+    assert kernels is not None
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], N)
+    kernels.newllm_linear(
+        x.dtype == torch.bfloat16,
+        x.data_ptr(),
+        x.numel() // K,
+        K,
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        N,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, distances: Tensor | None, first: int, scale: float
+) -> Tensor:
+    """Attention of one query in each row, see `ops.attention.causal_attention`. q, k, v are `usable`.
+
+    Args:
+        q: (B, H, 1, d).
+        k: (B, Hk, S, d), its numbers side by side.
+        v: (B, Hk, S, dv), the same.
+        slopes: (H,) float32.
+        distances: (B, S) float32 between the query and each token, negative where it is not seen; None for S − 1 − j.
+        first: tokens before this one are not seen.
+        scale: of the scores.
+
+    Returns:
+        (B, H, 1, dv).
+    """
+    kernels = library()
+    assert kernels is not None
+    (B, H, _, d), (_, Hk, S, dv) = q.shape, v.shape
+    q = q.contiguous()
+    out = q.new_empty(B, H, 1, dv)
+    slopes, distances = (None if x is None else x.contiguous() for x in (slopes, distances))
+    pointers = (None if x is None else x.data_ptr() for x in (q, k, v, slopes, distances, out))
+    arguments = AttentionArguments(*pointers, B, H, Hk, S, d, dv, first, *k.stride()[:3], *v.stride()[:3], scale)
+    kernels.newllm_attention(q.dtype == torch.bfloat16, ctypes.byref(arguments), torch.get_num_threads())
+    return out

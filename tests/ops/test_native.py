@@ -1,0 +1,193 @@
+"""Our own kernels for decoding: the numbers of their twins, whatever the instructions they are compiled to."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from newllm.models.linear import Linear
+from newllm.ops import attention, native, reference
+from newllm.ops.linear import FEW_ROWS
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+NATIVE_FLAGS = native.FLAGS
+# The plainest instructions of this machine's kind, and where there is a product of bfloat16 numbers, all but that.
+BUILDS = {
+    "native": NATIVE_FLAGS,
+    "plain": tuple(flag for flag in NATIVE_FLAGS if flag != "-march=native"),
+    "no bfloat16": (*NATIVE_FLAGS, "-mno-avx512bf16"),
+}
+
+
+def test_only_few_plain_rows_without_gradient_take_the_kernel(monkeypatch):
+    if native.library() is None:
+        pytest.skip("no C++ compiler here")
+    calls, kernel = [], native.linear
+    monkeypatch.setattr(native, "linear", lambda *arguments: calls.append(1) or kernel(*arguments))
+
+    def takes_it(layer, x):
+        calls.clear()
+        layer(x)
+        return bool(calls)
+
+    layer, row = Linear(64, 32), torch.randn(1, 64)
+    assert not takes_it(layer, row)  # gradients are wanted
+    with torch.no_grad():
+        assert takes_it(layer, row)
+        assert not takes_it(layer, torch.randn(FEW_ROWS + 1, 64))
+        assert not takes_it(layer, torch.randn(0, 64))
+        assert not takes_it(Linear(64, 32).double(), row.double())
+        assert not takes_it(Linear(64, 32, device="meta"), row.to("meta"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not takes_it(layer, row)
+        transposed = Linear(64, 32)
+        transposed.weight = nn.Parameter(torch.randn(64, 32).T)
+        assert not takes_it(transposed, row)
+        torch.testing.assert_close(transposed(row), row @ transposed.weight.T + transposed.bias)
+    with torch.inference_mode():
+        assert takes_it(Linear(64, 32), row)
+
+
+def test_without_a_compiler_torch_does_the_same(monkeypatch, tmp_path, caplog):
+    layer, x = Linear(50, 20), torch.randn(3, 50)
+    with torch.no_grad():
+        expected = layer(x)
+    native.library.cache_clear()
+    try:
+        with monkeypatch.context() as patch, torch.no_grad(), caplog.at_level(logging.WARNING):
+            patch.setenv("PATH", str(tmp_path))
+            patch.delenv("CXX", raising=False)
+            assert native.library() is None
+            torch.testing.assert_close(layer(x), expected)
+        assert [record.getMessage() for record in caplog.records] == [
+            "decoding takes torch's own operators, which are slower: no C++ compiler is installed (set CXX to one)"
+        ]
+        native.library.cache_clear()
+        monkeypatch.setenv("NEWLLM_NATIVE", "0")
+        assert native.library() is None
+    finally:
+        native.library.cache_clear()
+
+
+def test_what_does_not_compile_leaves_nothing(tmp_path):
+    if native.library() is None:
+        pytest.skip("no C++ compiler here")
+    source = tmp_path / "broken.cpp"
+    source.write_text("int main() { return nothing; }")
+    with pytest.raises(native.subprocess.SubprocessError):
+        native.build(source, tmp_path / "kernels")
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def kernels(request, tmp_path_factory):
+    if native.library() is None:
+        pytest.skip("no C++ compiler here")
+    if request.param == "no bfloat16" and "avx512_bf16" not in native._processor():
+        pytest.skip("no such instruction here")
+    library = native.load(native.build(native.SOURCE, native.cache_folder() / "kernels", BUILDS[request.param]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: library)
+        yield library
+
+
+def error(found, expected):
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@given(
+    rows=st.integers(1, FEW_ROWS),
+    size_in=st.integers(1, 150),
+    size_out=st.integers(1, 40),
+    dtype=st.sampled_from(native.DTYPES),
+    bias=st.booleans(),
+)
+def test_linear_equals_torch(kernels, rows, size_in, size_out, dtype, bias):
+    torch.manual_seed(0)
+    layer = Linear(size_in, size_out, bias=bias).to(dtype)
+    x = torch.randn(2, FEW_ROWS, size_in).to(dtype)[:1, :rows]
+    expected = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    with torch.no_grad():
+        assert native.usable(x, layer.weight)
+        found = layer(x)
+    assert found.shape == expected.shape
+    assert found.dtype == dtype
+    assert error(found, expected) < TOLERANCE[dtype] * 2
+
+
+@st.composite
+def cases(draw):
+    H, Hk = draw(st.sampled_from([(1, 1), (4, 4), (6, 2), (8, 1), (15, 1)]))
+    d, dv = draw(st.sampled_from([(8, 8), (64, 64), (32, 5), (33, 40), (144, 144), (128, 100)]))
+    S = draw(st.sampled_from([1, 2, 63, 64, 65, 255, 256, 257, 600]))
+    return H, Hk, S, d, dv
+
+
+@given(
+    case=cases(),
+    dtype=st.sampled_from(native.DTYPES),
+    slopes=st.sampled_from([None, "one", "each"]),
+    masked=st.booleans(),
+    window=st.sampled_from([None, 1, 70, 1000]),
+    seed=st.integers(0, 9),
+)
+def test_attention_equals_its_naive_twin(kernels, case, dtype, slopes, masked, window, seed):
+    (H, Hk, S, d, dv), B = case, 2
+    torch.manual_seed(seed)
+    q = torch.randn(B, 1, H, d).to(dtype).transpose(1, 2)
+    # Views of longer buffers; what stands behind them is not to be read.
+    k, v = (torch.full((B, Hk, S + 3, size), torch.nan).to(dtype) for size in (d, dv))
+    k, v = k[:, :, :S].normal_(), v[:, :, :S].normal_()
+    slopes = {None: None, "one": torch.tensor([0.06]), "each": torch.rand(H)}[slopes]
+    mask = torch.rand(B, S) < 0.5 if masked else None
+    with torch.no_grad():
+        assert native.usable(q, k, v)
+        found = attention.causal_attention(q, k, v, slopes=slopes, mask=mask, window=window)
+    expected = attention._direct(q.double(), k.double(), v.double(), slopes, window, mask, None)
+    assert error(found, expected) < TOLERANCE[dtype] * 3
+
+
+def test_attention_of_a_few_equals_the_reference(kernels):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, length, 16) for heads, length in ((4, 1), (2, 9), (2, 9)))
+    options = {"slopes": torch.rand(4), "mask": torch.rand(2, 9) < 0.5, "window": 3, "scale": 0.4}
+    with torch.no_grad():
+        found = attention.causal_attention(q, k, v, **options)
+    assert error(found, reference.attention(q.double(), k.double(), v.double(), **options)) < 1e-6
+
+
+def test_sums_depend_on_neither_threads_nor_other_rows(kernels):
+    torch.manual_seed(0)
+    x, layer = torch.randn(13, 300), Linear(300, 200)
+    q, k, v = torch.randn(5, 8, 1, 64), torch.randn(5, 1, 900, 64), torch.randn(5, 1, 900, 64)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                product, mixed = layer(x), attention.causal_attention(q, k, v)
+                for row in range(5):
+                    one = slice(row, row + 1)
+                    assert torch.equal(layer(x[one]), product[one])
+                    assert torch.equal(attention.causal_attention(q[one], k[one], v[one]), mixed[one])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_nan_and_infinity_are_not_lost(kernels, dtype):
+    layer, x = Linear(40, 9).to(dtype), torch.zeros(1, 40, dtype=dtype)
+    k = torch.randn(1, 1, 80, 40).to(dtype)
+    with torch.no_grad():
+        for value in (torch.nan, torch.inf):
+            assert not layer(torch.full_like(x, value)).isfinite().any()
+            assert not attention.causal_attention(torch.full((1, 2, 1, 40), value, dtype=dtype), k, k).isfinite().any()
+        # Scores far apart: the largest alone counts.
+        q = torch.zeros(1, 1, 1, 40, dtype=dtype)
+        q[..., 0], k[..., 0] = 1e4, torch.arange(80) / 64
+        found = attention.causal_attention(q, k, k)
+        torch.testing.assert_close(found[0, 0, 0], k[0, 0, -1])
