@@ -59,8 +59,10 @@ def library() -> ctypes.CDLL | None:
 def load(path: Path) -> ctypes.CDLL:
     """The compiled kernels in the file `path`, with the types of their arguments."""
     kernels = ctypes.CDLL(str(path))
-    pointers_and_sizes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p]
-    kernels.newllm_linear.argtypes = [c_int, *pointers_and_sizes, c_int]
+    kernels.newllm_linear.argtypes = [
+        *(c_int, c_void_p, c_int64, c_int64),
+        *(c_void_p, c_void_p, c_int64, c_void_p, c_int),
+    ]
     kernels.newllm_attention.argtypes = [c_int, POINTER(AttentionArguments), c_int]
     kernels.newllm_linear.restype = kernels.newllm_attention.restype = None
     return kernels
