@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from newllm.evaluation import cache_bytes
 from newllm.evaluation.checks import CHECK_SHAPE, CHECKS, check_layer_types, check_model
 from newllm.models import create_model, preset_names
-from newllm.models.cache import bytes_of
+from newllm.models.cache import LMCache, bytes_of
 from newllm.models.layers import LAYER_TYPES, create_layer
 
 SHAPE = {name: CHECK_SHAPE[name] for name in ("hidden_size", "num_heads", "intermediate_size")}
@@ -29,10 +30,10 @@ def make(name, options):
     return layer
 
 
-def read(layer, x, sizes, mask=None, first_position=0):
+def read(layer, x, sizes, mask=None, positions=None):
     """Reads x (B, T, D) in chunks of the given sizes; None reads it all at once without state."""
     B, T = x.shape[:2]
-    positions = torch.arange(first_position, first_position + T).expand(B, T)
+    positions = torch.arange(T).expand(B, T) if positions is None else positions
     if sizes is None:
         return layer(x, positions=positions, mask=mask, state=None)
     state, outputs = layer.make_state(), []
@@ -71,7 +72,7 @@ def test_naive_twin_equals_parallel_in_outputs_and_gradients(name, options):
     x = torch.randn(2, 9, SHAPE["hidden_size"], dtype=torch.float64, requires_grad=True)
     positions = torch.arange(9).expand(2, 9)
     mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[1, :3] = False
+    mask[0, 4:6] = mask[1, :3] = mask[1, 7] = False
     for m in (None, mask):
         real = torch.ones(2, 9, dtype=torch.bool) if m is None else m
         weight = torch.randn(2, 9, 1, dtype=torch.float64) * real[..., None]
@@ -119,28 +120,21 @@ def test_no_gradient_from_the_future_or_from_other_rows(name, options):
 
 
 @layers
-@given(pads=st.lists(st.integers(0, 6), min_size=2, max_size=2), sizes=splits(12))
-def test_left_padding_changes_nothing_for_real_tokens(name, options, pads, sizes):
-    layer = make(name, options)
-    T, D = sum(sizes), SHAPE["hidden_size"]
-    x = torch.randn(2, T, D, dtype=torch.float64)
-    width = T + max(pads)
-    padded, mask = torch.randn(2, width, D, dtype=torch.float64), torch.zeros(2, width, dtype=torch.bool)
-    for row, pad in enumerate(pads):
-        padded[row, width - T :], mask[row, width - T :] = x[row], True
-        if pad < max(pads):  # the second row has more padding than its neighbour
-            mask[row, width - T :] = True
+@given(sizes=splits(16), data=st.data())
+def test_padding_anywhere_changes_nothing_for_real_tokens(name, options, sizes, data):
+    """Left of the text, right of it with more text to follow, in the midst of it, in rows of different lengths."""
+    layer, T = make(name, options), sum(sizes)
+    runs = st.lists(st.tuples(st.booleans(), st.integers(1, 6)), min_size=T, max_size=T)
+    rows = [[real for real, length in data.draw(runs) for _ in range(length)][:T] for _ in range(2)]
+    mask, x = torch.tensor(rows), torch.randn(2, T, SHAPE["hidden_size"], dtype=torch.float64)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        alone = read(layer, x, None)
-        state, outputs, start = layer.make_state(), [], 0
-        for size in [max(pads), *sizes]:
-            stop = start + size
-            if size:
-                chunk = padded[:, start:stop]
-                outputs.append(layer(chunk, positions=positions[:, start:stop], mask=mask[:, :stop], state=state))
-            start = stop
-    torch.testing.assert_close(torch.cat(outputs, 1)[:, width - T :], alone, rtol=1e-9, atol=1e-9)
+        for chunks in (None, sizes):
+            padded = read(layer, x, chunks, mask, positions)
+            for row, real in enumerate(mask):
+                if real.any():
+                    alone = read(layer, x[row, real][None], None)[0]
+                    torch.testing.assert_close(padded[row, real], alone, rtol=1e-9, atol=1e-9)
 
 
 @layers
@@ -192,6 +186,29 @@ def test_state_bytes_equal_their_closed_form_at_any_length(name, options, tokens
             layer(x, positions=torch.full((batch, 1), t), mask=None, state=state)
     assert bytes_of(state.tensors().values()) == batch * layer.state_bytes(tokens, 4)
     assert state.seen == tokens
+
+
+@layers
+def test_after_a_prefill_no_more_is_allocated_than_the_state_needs(name, options):
+    """No state is a view of something as long as the text."""
+    layer, T = make(name, options).float(), 400
+    state, x = layer.make_state(), torch.randn(2, T, SHAPE["hidden_size"])
+    with torch.no_grad():
+        layer(x, positions=torch.arange(T).expand(2, T), mask=None, state=state)
+    used, allocated = cache_bytes(LMCache([state]))
+    assert used == 2 * layer.state_bytes(T, 4)
+    assert allocated <= 1.25 * used
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_after_a_prefill_a_model_has_allocated_no_more_than_its_states_need(preset):
+    model = create_model(preset, **CHECK_SHAPE).eval()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(torch.randint(61, (2, 100)), past_key_values=cache)
+    used, allocated = cache_bytes(cache)
+    assert used == 2 * sum(model.state_bytes(100, 4))
+    assert allocated <= 1.25 * used
 
 
 @layers

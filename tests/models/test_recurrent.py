@@ -9,6 +9,7 @@ from toy_recurrent import SHAPE, ToyLM, lively, recurrent_presets, toy
 from newllm.evaluation.checks import CHECKS, check_model
 from newllm.models import create_model, load_model
 from newllm.models.recurrent import lag
+from newllm.settings import UserError
 
 MODELS = ["toy", *recurrent_presets()]
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -62,19 +63,36 @@ def test_every_pass_makes_one_more_token_exact(name):
         torch.testing.assert_close(iterated(model, ids, passes)[0][:, :passes], truth[:, :passes], **TIGHT)
 
 
-@settings(max_examples=10)
-@given(pads=st.lists(st.integers(0, 5), min_size=2, max_size=2), length=st.integers(1, 8))
+@pytest.mark.parametrize("name", [*MODELS, "context_plain:gates=update,num_contexts=2,conv_size=3"])
+@settings(max_examples=5)
+@given(real=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=9), split=st.integers(1, 8))
 @torch.no_grad()
-def test_left_padding_changes_nothing_for_real_tokens(pads, length):
-    model = make("toy")
-    width = length + max(pads)
-    ids, mask = torch.randint(60, (2, width)), torch.arange(width) >= torch.tensor(pads)[:, None]
-    padded = model.hidden_states(ids, attention_mask=mask)
-    iterations = iterated(model, ids, width, mask)[0]
-    for row, pad in enumerate(pads):
-        alone = model.hidden_states(ids[row : row + 1, pad:])[0]
-        torch.testing.assert_close(padded[row, pad:], alone, **TIGHT)
-        torch.testing.assert_close(iterations[row, pad:], alone, **TIGHT)
+def test_padding_anywhere_changes_nothing_for_real_tokens(name, real, split):
+    """At once, in two chunks, and in as many parallel passes as tokens."""
+    real[len(real) // 2] = (True, True)  # no row without a token
+    model, mask = make(name), torch.tensor(real).T
+    ids = torch.randint(60, mask.shape)
+    forms = {
+        "whole": model.hidden_states(ids, attention_mask=mask),
+        "parallel": iterated(model, ids, len(real), mask)[0],
+    }
+    cache, stop = model.make_cache(), min(split, len(real) - 1)
+    forms["chunks"] = torch.cat(
+        [
+            model.hidden_states(ids[:, :stop], attention_mask=mask[:, :stop], past_key_values=cache),
+            model.hidden_states(ids[:, stop:], attention_mask=mask, past_key_values=cache),
+        ],
+        dim=1,
+    )
+    for row, own in enumerate(mask):
+        alone = model.hidden_states(ids[row : row + 1, own])[0]
+        for hidden in forms.values():
+            torch.testing.assert_close(hidden[row, own], alone, **TIGHT)
+
+
+def test_embeddings_in_place_of_tokens_are_refused_by_a_line():
+    with pytest.raises(UserError, match=r"reads input_ids.* give no inputs_embeds"):
+        toy()(inputs_embeds=torch.zeros(1, 3, 16))
 
 
 @settings(max_examples=5)

@@ -96,6 +96,13 @@ class ContextVectorLM(RecurrentLM):
     def state_size(self) -> int:
         return self.config.context_size
 
+    def no_states(self, input_ids: Tensor) -> Tensor:
+        # In float32 at least: in bf16 a sum over many tokens would soon take up nothing more.
+        return super().no_states(input_ids).to(torch.promote_types(self.dtype, torch.float32))
+
+    def state_bytes(self, tokens: int, element_size: int) -> list[int]:
+        return [self.state_size * max(element_size, 4)]
+
     def iterate(
         self,
         input_ids: Tensor,
@@ -114,13 +121,13 @@ class ContextVectorLM(RecurrentLM):
         assert isinstance(fed_back, RecurrentState)
         T = input_ids.shape[1]
         before = fed_back.read("state")
-        state = self.no_states(input_ids)[:, 0] if before is None else before
+        state = self.no_states(input_ids[:, :1])[:, 0] if before is None else before
         real = None if mask is None else mask[:, -T:, None]
         hidden = []
         for t, given in enumerate(self._given(input_ids, positions).unbind(1)):
             hidden.append(self._think(given, state))
             moved = state + self.move(hidden[-1])
-            state = moved if real is None else moved * real[:, t]
+            state = moved if real is None else torch.where(real[:, t], moved, state)
         fed_back.write(T, state=state)
         return torch.stack(hidden, dim=1)
 
@@ -131,7 +138,7 @@ class ContextVectorLM(RecurrentLM):
 
     def _think(self, given: Tensor, context: Tensor) -> Tensor:
         """The MLP: h (…, W) from what the text gives (…, W) and the context before it (…, C)."""
-        h = self.dropout(F.relu(given + self.read_context(context)))
+        h = self.dropout(F.relu(given + self.read_context(context.to(given.dtype))))
         for linear in self.deeper:
             h = self.dropout(F.relu(linear(h)))
         return h

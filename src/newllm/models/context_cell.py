@@ -121,7 +121,7 @@ class ContextCell(nn.Module):
         v = (v if self.is_linear else v.tanh()).unsqueeze(-2)  # (…, 1, S)
         if not G and self.time_scales is None:
             return torch.ones_like(v), v
-        logits = self.rates.view(-1, K, S)
+        logits = self.rates.to(driven.dtype).view(-1, K, S)
         if G:
             logits = logits + gates.unflatten(-1, (G, 1, S))  # (…, G, K, S)
         if K > 1 and G:

@@ -165,19 +165,17 @@ class DProjLM(RecurrentLM):
         Args:
             input_ids: (B, T).
             state: (B, P), the projection after the token before; None at the beginning of a text.
-            mask: (B, T) bool, False for padding, which leaves no projection behind.
+            mask: (B, T) bool, False for padding, which leaves the state as it is.
 
         Returns:
             (B, T, P), and the state (B, P) after the last token.
         """
         drive = self.drive(input_ids)
-        state = self.no_states(input_ids)[:, 0] if state is None else state
+        state = self.no_states(input_ids[:, :1])[:, 0] if state is None else state
         projections = []
         for t in range(input_ids.shape[1]):
-            state = self.cell(state, drive[:, t])
-            projections.append(state)
-            if mask is not None:
-                state = state * mask[:, t : t + 1]
+            projections.append(self.cell(state, drive[:, t]))
+            state = projections[-1] if mask is None else torch.where(mask[:, t : t + 1], projections[-1], state)
         return torch.stack(projections, dim=1), state
 
     def _read(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from newllm.models.cache import LMCache, RecurrentState
 from newllm.models.transformer import TransformerLM
+from newllm.settings import UserError
 
 
 class RecurrentLM(TransformerLM):
@@ -36,7 +37,7 @@ class RecurrentLM(TransformerLM):
 
         Args:
             input_ids: (B, T).
-            lagged: (B, T, N), at token t the state after token t − 1; zeros at each row's first real token.
+            lagged: (B, T, N), at token t the state after the real token before it; zeros at each row's first one.
             positions: (B, T), counted from 0 at each row's first real token.
             mask: (B, S) bool over all tokens the cache has read, these T last; False for padding.
             cache: advanced by this call, except for the fed-back state.
@@ -55,7 +56,7 @@ class RecurrentLM(TransformerLM):
         return self.iterate(input_ids, self.no_states(input_ids), positions=positions, mask=mask)[1]
 
     def no_states(self, input_ids: Tensor) -> Tensor:
-        """(B, T, N) zeros."""
+        """(B, T, N) zeros, in the dtype in which the state is kept."""
         return torch.zeros(*input_ids.shape, self.state_size, dtype=self.dtype, device=input_ids.device)
 
     def make_cache(self, precision: str | None = None) -> LMCache:
@@ -77,7 +78,8 @@ class RecurrentLM(TransformerLM):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """By true recurrence, token by token: (B, T, D). In training, gradients go back through all tokens."""
-        assert input_ids is not None, "a recurrent model reads input_ids: it feeds back what it makes of them"
+        if input_ids is None or inputs_embeds is not None:
+            raise UserError("a recurrent model reads input_ids, of which its states are made: give no inputs_embeds")
         positions, mask = self._places(input_ids, attention_mask, position_ids, past_key_values)
         if not self.state_size:
             cache = past_key_values if past_key_values is not None or self._reads_without_cache() else self.make_cache()
@@ -94,7 +96,7 @@ class RecurrentLM(TransformerLM):
         assert isinstance(fed_back, RecurrentState)
         T = input_ids.shape[1]
         before = fed_back.read("state")
-        state = self.no_states(input_ids)[:, 0] if before is None else before
+        state = self.no_states(input_ids[:, :1])[:, 0] if before is None else before
         hidden = []
         for t in range(T):
             now = slice(t, t + 1)
@@ -103,7 +105,8 @@ class RecurrentLM(TransformerLM):
                 input_ids[:, now], state[:, None], positions=positions[:, now], mask=seen, cache=cache
             )
             hidden.append(h)
-            state = states[:, 0] if seen is None else states[:, 0] * seen[:, -1:]  # padding leaves no state behind
+            # Padding leaves the state as it is.
+            state = states[:, 0] if seen is None else torch.where(seen[:, -1:], states[:, 0], state)
         fed_back.write(T, state=state)
         return torch.cat(hidden, dim=1)
 
@@ -113,8 +116,10 @@ def lag(states: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         states: (B, T, N).
-        mask: (B, T) bool, False for padding, which leaves no state behind.
+        mask: (B, T) bool, False for padding, after which the next token is given the state before it.
     """
     if mask is not None:
-        states = states * mask[..., None]
+        places = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, places, -1).cummax(dim=1).values  # the last real token up to each
+        states = states.take_along_dim(last.clamp(min=0)[..., None], dim=1).masked_fill((last < 0)[..., None], 0)
     return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)

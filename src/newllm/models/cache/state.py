@@ -122,8 +122,14 @@ class RecurrentState(LayerState):
         return self.values_by_name.get(name)
 
     def write(self, tokens: int, **tensors: Tensor) -> None:
-        """Stores the state after a chunk of `tokens` tokens; each tensor (B, …)."""
-        self.values_by_name |= tensors
+        """Stores the state after a chunk of `tokens` tokens; each tensor (B, …).
+
+        Of a view the part is copied, as of the states after all tokens the last: what it is a part of can be freed.
+        """
+        self.values_by_name |= {
+            name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+            for name, tensor in tensors.items()
+        }
         self.seen += tokens
 
     def tensors(self) -> dict[str, Tensor]:

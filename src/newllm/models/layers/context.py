@@ -116,33 +116,43 @@ class ContextLayer(Layer):
         """All tokens in parallel, from contexts of an earlier iteration; for layers with a lagged_size N.
 
         Args:
-            lagged: (B, T, N), at token t the contexts after token t − 1; zeros at the first real token.
+            lagged: (B, T, N), at token t the contexts after the real token before it; zeros at the first one.
             Others as of `forward`.
 
         Returns:
-            (B, T, D); states (B, T, N), at token t the contexts after it.
+            (B, T, D); states (B, T, N), at token t the contexts after it, which padding leaves as they are.
         """
         real = None if mask is None else mask[:, mask.shape[1] - x.shape[1] :]
         h = self._convolved(x, real, state)
-        contexts = self.cell.iterate(h, lagged.unflatten(-1, (self.num_contexts, self.context_size)))
+        lagged = lagged.unflatten(-1, (self.num_contexts, self.context_size))
+        contexts = self.cell.iterate(h, lagged)
+        if real is not None:
+            contexts = torch.where(real[..., None, None], contexts, lagged)
         if state is not None:
             state.write(x.shape[1], contexts=contexts[:, -1])
         return self._finish(x, h, contexts), contexts.flatten(2)
 
     def _convolved(self, x: Tensor, real: Tensor | None, state: RecurrentState | None) -> Tensor:
-        """conv(ln1 x) (B, T, D); moves the tokens on that the state keeps for it. Before the text stand zeros."""
+        """conv(ln1 x) (B, T, D) over the real tokens; moves on those that the state keeps for it. Before the text stand
+        zeros."""
         h = self.norm_mixer(x)
         if self.conv_size == 1:
             return h
-        if real is not None:
-            h = h * real[..., None]
         T, kept = h.shape[1], self.conv_size - 1
         before = None if state is None else state.read("recent")
         longer = F.pad(h, (0, 0, kept, 0)) if before is None else torch.cat([before, h], dim=1)
+        if real is not None:
+            # Padding to the front: then nothing stands between real tokens.
+            order = F.pad(real, (kept, 0), value=True).int().argsort(dim=1, stable=True)
+            longer = longer.take_along_dim(order[..., None], dim=1)
         if state is not None:
             state.write(0, recent=longer[:, T:])
         taps = self.taps.view(self.conv_size, -1)
-        return sum(taps[n] * longer[:, n : n + T] for n in range(self.conv_size))  # type: ignore[return-value]
+        mixed: Tensor = sum(taps[n] * longer[:, n : n + T] for n in range(self.conv_size))  # type: ignore[assignment]
+        if real is None:
+            return mixed
+        places = order.argsort(dim=1)[:, kept:] - kept  # negative for padding alone
+        return mixed.take_along_dim(places.clamp(min=0)[..., None], dim=1)
 
     def _finish(self, x: Tensor, h: Tensor, contexts: Tensor) -> Tensor:
         """The layer's output (B, T, D) from what the contexts (B, T, K, S) hold."""
