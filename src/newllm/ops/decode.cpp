@@ -88,8 +88,7 @@ inline Raw<T> load_block(const T* from, const Blocks& blocks) {
     return load<Raw<T>>(from);
 }
 
-// One operand of a dot product is prepared once: `Query` is what its numbers become. A sum runs in two chains, which are
-// independent of each other, so that the next product need not wait for the last.
+// One operand of a dot product is prepared once: `Query` is what its numbers become.
 #ifdef __AVX512BF16__
 template <typename T>
 using Query = T;
@@ -98,19 +97,13 @@ template <typename T>
 using Query = float;
 #endif
 
-template <int CHAIN>
-inline void add_product(floats sum[2], const float* q, Two key) {
-    sum[0] += load<floats>(q) * key.a;
-    sum[1] += load<floats>(q + LANES) * key.b;
+inline floats add_product(floats sum, const float* q, Two key) {
+    return sum + load<floats>(q) * key.a + load<floats>(q + LANES) * key.b;
 }
-template <int CHAIN>
-inline void add_product(floats sum[2], const float* q, words key) {
-    add_product<CHAIN>(sum, q, widen(key));
-}
+inline floats add_product(floats sum, const float* q, words key) { return add_product(sum, q, widen(key)); }
 #ifdef __AVX512BF16__
-template <int CHAIN>
-inline void add_product(floats sum[2], const bfloat16* q, words key) {
-    sum[CHAIN] = (floats)_mm512_dpbf16_ps((__m512)sum[CHAIN], (__m512bh)load<words>(q), (__m512bh)key);
+inline floats add_product(floats sum, const bfloat16* q, words key) {
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)load<words>(q), (__m512bh)key);
 }
 #endif
 
@@ -136,30 +129,31 @@ inline floats sums(const floats x[8]) {
     return halve(s, s);
 }
 
-// to[r * stride + i] = q_r · keys[i], for R prepared vectors, one behind the other, and 8 / R others.
+// How many others are multiplied with R vectors in one call: at least eight sums, which are then made together.
+constexpr int others(int R) { return R == 8 ? 2 : 8 / R; }
+
+// to[r * stride + i] = q_r · keys[i], for R prepared vectors, one behind the other, and others(R) more.
 template <typename T, int R, bool SHORT>
 inline void products(const Query<T>* q, const T* const* keys, const Blocks& blocks, float* to, int64_t stride) {
-    constexpr int TOGETHER = 8 / R;
+    // Memory is quickest when it is read in its order, so one after the other; but two at a time share eight vectors.
+    constexpr int TOGETHER = others(R), SIDE = R == 8 ? 2 : 1;
     const int64_t width = blocks.numbers();
-    floats all[8];
-    UNROLL for (int i = 0; i < TOGETHER; i++) {  // one after the other: memory is quickest when it is read in its order
-        floats sum[R][2] = {};
-        int64_t b = 0;
-        for (; b + 1 < blocks.count; b += 2) {
-            const Raw<T> key = load_block<SHORT>(keys[i] + blocks.start(b), blocks);
-            const Raw<T> next = load_block<SHORT>(keys[i] + blocks.start(b + 1), blocks);
-            UNROLL for (int r = 0; r < R; r++) add_product<0>(sum[r], q + r * width + b * BLOCK, key);
-            UNROLL for (int r = 0; r < R; r++) add_product<1>(sum[r], q + r * width + (b + 1) * BLOCK, next);
+    floats all[TOGETHER * R];
+    UNROLL for (int i = 0; i < TOGETHER; i += SIDE) {
+        floats sum[SIDE][R] = {};
+        for (int64_t b = 0; b < blocks.count; b++) {
+            Raw<T> key[SIDE];
+            UNROLL for (int s = 0; s < SIDE; s++) key[s] = load_block<SHORT>(keys[i + s] + blocks.start(b), blocks);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int s = 0; s < SIDE; s++) sum[s][r] = add_product(sum[s][r], q + r * width + b * BLOCK, key[s]);
         }
-        if (b < blocks.count) {
-            const Raw<T> key = load_block<SHORT>(keys[i] + blocks.start(b), blocks);
-            UNROLL for (int r = 0; r < R; r++) add_product<0>(sum[r], q + r * width + b * BLOCK, key);
-        }
-        UNROLL for (int r = 0; r < R; r++) all[r * TOGETHER + i] = sum[r][0] + sum[r][1];
+        UNROLL for (int s = 0; s < SIDE; s++)
+            UNROLL for (int r = 0; r < R; r++) all[(i + s) * R + r] = sum[s][r];
     }
-    const floats total = sums(all);
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int i = 0; i < TOGETHER; i++) to[r * stride + i] = total[r * TOGETHER + i];
+    UNROLL for (int part = 0; part < TOGETHER * R; part += 8) {
+        const floats total = sums(all + part);
+        UNROLL for (int n = 0; n < 8; n++) to[(part + n) % R * stride + (part + n) / R] = total[n];
+    }
 }
 
 // f(R, done) for R = 8, 4, 2 or 1 of `count` that are not done, until all are.
@@ -188,7 +182,7 @@ void linear(const T* x, int64_t M, int64_t K, const T* w, const T* bias, int64_t
         for (int i = 0; i < ROWS; i++) rows[i] = w + (n + i < N ? n + i : N - 1) * K;
         in_groups(M, [&](auto R, int64_t m) {
             float y[R * ROWS];
-            for (int i = 0; i < ROWS; i += 8 / R)
+            for (int i = 0; i < ROWS; i += others(R))
                 products<T, R, SHORT>(q.data() + m * blocks.numbers(), rows + i, blocks, y + i, ROWS);
             for (int r = 0; r < R; r++)
                 for (int i = 0; i < ROWS && n + i < N; i++)
@@ -250,7 +244,7 @@ inline void mix(const float (*w)[TOKENS], const T* v, int64_t stride, int n, con
 template <typename T, int R, bool SHORT>
 void attend(const Attention& a, const Query<T>* q, const T* k, const T* v, const float* slopes, const float* distances,
             int64_t from, int64_t to, float* highest, float* total, float* mixed) {
-    constexpr int TOGETHER = 8 / R;
+    constexpr int TOGETHER = others(R);
     constexpr int ROWS = R < 4 ? R : 4, WIDE = 2;  // vectors that fit the registers
     const Blocks keys(a.d), values(a.dv);
     const int64_t width = values.numbers();
