@@ -1,15 +1,20 @@
 """The benchmark of Lagged Cache Training: what it trains and reports; nothing here looks at how long anything took."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from newllm.commands.lagged_bench import quality_table, run, speed_table
+from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.evaluation import bench_lagged
+from newllm.evaluation.bench import compare_rounds
+from newllm.evaluation.bench_lagged import compare_quality, steps_within
 from newllm.evaluation.bench_lagged_settings import LaggedBench, method_settings
+from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.evaluation.worker import Work
 from newllm.settings import DataSettings, UserError
 
@@ -50,40 +55,112 @@ def test_a_step_of_each_method_is_what_a_run_with_its_settings_does():
     assert passes == [False, *[False, True, True] * 2], "a discrete pass at first, then states are kept"
 
 
+def test_deeper_steps_are_taken_by_themselves_and_discrete_passes_too():
+    work = Work()
+    assert work.build({"model": "continuous_fuse"} | SHAPE, device="cpu", threads=None)["recurrent"]
+    passes = []
+    iterate = work.model.iterate
+    work.model.iterate = lambda *args, **kwargs: passes.append(torch.is_grad_enabled()) or iterate(*args, **kwargs)
+    step = {"batch_size": 2, "seq_length": 8, "precision": "float32"}
+    recurrence = method_settings("lagged:passes=2,deep_share=0.3,deep_passes=3")
+    work.train(**step, steps=12, recurrence=recurrence)
+    assert passes == [False, *[False, True] * 12]
+    passes.clear()
+    work.train(**step, steps=2, recurrence=recurrence, deep=True)
+    assert passes == [True] * 6
+    passes.clear()
+    assert len(work.discrete(**step, steps=2)["seconds"]) == 2
+    assert passes == [False] * 2
+
+
+def test_rare_steps_count_by_their_share():
+    usual = [[1.0, 1.0, 9.0], [2.0, 2.0, 2.0]]
+    rows = [
+        {"model": "plain", "rounds": usual},
+        {"model": "deep", "rounds": usual, "rare_rounds": [[5.0], [6.0]], "rare_share": 0.25},
+    ]
+    compare_rounds(rows, ["plain"])
+    assert [row["seconds"] for row in rows] == [2.0, 0.75 * 2.0 + 0.25 * 5.5]
+    assert [row["round_seconds"] for row in rows] == [[1.0, 2.0], [0.75 * 1 + 0.25 * 5, 0.75 * 2 + 0.25 * 6]]
+    assert rows[1]["speed_ratios"]["plain"]["range"] == [1 / 2.0, 2 / 3.0]
+
+
+SECONDS = {"step_by_step": 4.0, "lagged:passes=2": 2.0, "lagged:deep_share=0.5,deep_passes=3": 1.0}
+
+
+class ClockedWorker(HereWorker):
+    """One whose clock shows SECONDS for a step, three times as much for a deeper one and half for a discrete pass."""
+
+    def call(self, command, **arguments):
+        answer = super().call(command, **arguments)
+        if "seconds" in answer:
+            factor = 0.5 if command == "discrete" else 3.0 if arguments["deep"] else 1.0
+            answer["seconds"] = [factor * SECONDS[self.name]] * len(answer["seconds"])
+        return answer
+
+
 def test_speed_and_quality_of_every_method_are_told(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(bench_lagged, "Worker", HereWorker)
-    # By the clock, the first method could take so long that the other is given epochs without end.
-    monkeypatch.setattr(bench_lagged, "compare_rounds", fixed_times)
+    monkeypatch.setattr(bench_lagged, "Worker", ClockedWorker)
     play = tmp_path / "play.txt"
     play.write_text(next(iter(open_corpus(DataSettings()).documents())).text[:9000])
     np.save(tmp_path / "ids.npy", np.arange(300))
     monkeypatch.setattr(bench_lagged, "text_ids", lambda *_: str(tmp_path / "ids.npy"))
-    methods = ["step_by_step", "lagged:passes=2"]
-    settings = tiny(methods=methods, quality=True, data=str(play), seeds=[0, 1], samples=10)
+    settings = tiny(
+        methods=list(SECONDS), quality=True, data=str(play), seeds=[0, 1], samples=10, quality_epochs=2, steps=2
+    )
     result = run(settings)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     (case,) = result["cases"]
-    assert [row["kept_bytes"] for row in case["rows"]] == [0, 10 * 8 * 16 * 2]
-    assert [row["seconds_per_epoch"] for row in case["rows"]] == [4.0 * 5, 2.0 * 5]
+    assert [row["kept_bytes"] for row in case["rows"]] == [0, 10 * 8 * 16 * 2, 10 * 8 * 16 * 2]
+    assert [row["seconds"] for row in case["rows"]] == [4.0, 2.0, 2.0]
+    assert [row["discrete_seconds"] for row in case["rows"]] == [0.0, 1.0, 0.5]
+    assert [row["seconds_per_epoch"] for row in case["rows"]] == [4.0 * 5, 2.0 * 5, 2.0 * 5]
     records = [(r["seed"], r["method"], r["equal"], r["steps"], r["training_seconds"]) for r in result["quality"]]
-    assert records == [
+    assert records == [  # four windows are an epoch of two steps, each with a discrete pass in the first
         (seed, *record)
         for seed in (0, 1)
         for record in [
-            ("step_by_step", "epochs", 2, 8.0),
-            ("lagged:passes=2", "epochs", 2, 4.0),
-            ("lagged:passes=2", "time", 4, 8.0),
+            ("step_by_step", "epochs", 4, 16.0),
+            ("lagged:passes=2", "epochs", 4, 4 * 2.0 + 2 * 1.0),
+            ("lagged:passes=2", "time", 7, 7 * 2.0 + 2 * 1.0),
+            ("lagged:deep_share=0.5,deep_passes=3", "epochs", 4, 4 * 2.0 + 2 * 0.5),
+            ("lagged:deep_share=0.5,deep_passes=3", "time", 8, 8 * 2.0 + 2 * 0.5),
         ]
     ]
-    assert all(line["residual"] > 0 for r in result["quality"][1:3] for line in r["curve"] if "train_loss" in line)
-    assert speed_table(result).row_count == quality_table(result).row_count == 2
+    assert all(line["residual"] > 0 for r in result["quality"][1:5] for line in r["curve"] if "train_loss" in line)
+    assert speed_table(result).row_count == quality_table(result).row_count == 3
 
 
-def fixed_times(rows, references):
-    for row, seconds in zip(rows, (4.0, 2.0), strict=True):
-        assert len(row.pop("rounds")) == 2
-        row |= {"seconds": seconds, "speed_ratios": {references[0]: {"ratio": 4 / seconds, "range": [1.0, 2.0]}}}
+@pytest.mark.parametrize(("seconds", "steps"), [(0.1, 1), (3.0, 2), (15.0, 10), (25.0, 20), (26.4, 21)])
+def test_as_many_steps_are_taken_as_a_time_holds(seconds, steps):
+    row = {"seconds": 1.0, "discrete_seconds": 0.5}
+    assert steps_within(row, seconds, epoch=10) == steps
+
+
+def test_every_run_validates_equally_often_and_is_judged_on_a_text_that_chose_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path))
+    play = tmp_path / "play.txt"
+    play.write_text(next(iter(open_corpus(DataSettings()).documents())).text[:9000])
+    methods = ["step_by_step", "lagged"]
+    settings = tiny(methods=methods, data=str(play), quality_evaluations=3, quality_epochs=2, quality_tokens=10_000)
+    rows = [{"model": method, "seconds": s, "discrete_seconds": 0.0} for method, s in zip(methods, (8, 1), strict=True)]
+    splits = prepare(settings.run_settings("lagged", 0, steps=1)).splits
+    judged = []
+
+    def score(model, tokens, run):
+        judged.append((tokens, token_weighted_loss(model, splits["validation"], run)))
+        return token_weighted_loss(model, tokens, run)
+
+    monkeypatch.setattr(bench_lagged, "token_weighted_loss", score)
+    records = compare_quality(settings, rows, lambda _: None)
+    assert [record["steps"] for record in records] == [4, 4, 32]
+    assert [sum("val_loss" in line for line in record["curve"]) for record in records] == [3, 3, 3]
+    for record, (tokens, validation) in zip(records, judged, strict=True):
+        best = min(line["val_loss"] for line in record["curve"] if "val_loss" in line)
+        assert validation == pytest.approx(best), "the weights are those that were kept"
+        assert record["val_ppl"] == pytest.approx(math.exp(best))
+        assert np.array_equal(tokens.ids, splits["test"].ids)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +169,31 @@ def fixed_times(rows, references):
         ({"model": "pythia"}, "--model pythia feeds no state back"),
         ({"methods": ["lagd"]}, "unknown method 'lagd'"),
         ({"methods": ["lagged:pases=2"]}, "unknown option 'pases' .* 'passes'"),
-        ({"methods": ["lagged:grad_passes=2"]}, "--lagged-grad-passes is 2"),
+        ({"methods": ["lagged:grad_passes=2"]}, "^method 'lagged:grad_passes=2': --lagged-grad-passes is 2"),
+        (
+            {"methods": ["lagged:passes=two"]},
+            "^method .*: passes is 'two': it must be a whole number, as in .*passes=2$",
+        ),
+        ({"methods": ["lagged:passes=1.5"]}, "passes is '1.5': it must be a whole number"),
+        ({"methods": ["lagged:passes=true"]}, "passes is 'true': it must be a whole number"),
+        ({"methods": ["lagged:passes"]}, "passes is '': it must be a whole number, as in lagged:passes=2"),
+        ({"methods": ["lagged:passes=0"]}, "--lagged-passes is 0: it must be greater than 0"),
+        ({"methods": ["lagged:deep_share=x"]}, "deep_share is 'x': it must be a number, as in lagged:deep_share=0.1"),
+        ({"methods": ["lagged:deep_share=1"]}, r"must lie in \[0, 1\)"),
+        ({"methods": ["lagged:deep_share=nan"]}, r"must lie in \[0, 1\)"),
+        (
+            {"methods": ["step_by_step:passes=2"]},
+            "step_by_step has no options; those of lagged are as in lagged:passes=2",
+        ),
+        ({"methods": ["lagged:step_by_step=true"]}, "unknown option 'step_by_step'"),
+        ({"methods": ["lagged:passes=8,deep_share=0.1"]}, "--lagged-deep-passes is 4: .* it must be at least 8"),
+        ({"quality": True, "quality_evaluations": 3}, "--quality-evaluations is 3: .* no more than the 2 steps"),
         ({"methods": ["lagged", "lagged"]}, "twice"),
         ({"seeds": []}, "--seeds is empty"),
         ({"rounds": 0}, "--rounds is 0"),
     ],
 )
 def test_wrong_input_is_told_before_anything_starts(changes, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as error:
         tiny(**changes).check()
+    assert "\n" not in str(error.value)

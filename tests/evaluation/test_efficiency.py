@@ -1,7 +1,10 @@
 """Cache bytes from live tensors, and measurements of trained models in worker processes."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from newllm.evaluation import cache_bytes
+from newllm.evaluation import cache_bytes, efficiency
 from newllm.evaluation.efficiency import KEYS, cache_figures, measure_all
 from newllm.evaluation.processes import Worker, WorkerError
-from newllm.models import create_model
+from newllm.evaluation.worker import Work
+from newllm.models import ContinuousLM, create_model
 from newllm.settings import RunSettings, resolve
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "vocab_size": 96}
@@ -90,6 +94,64 @@ def test_trained_models_are_measured_side_by_side(tmp_path):
     assert (window["cache_bytes_per_token"], window["state_bytes"]) == (0, 8 * per_token)
     assert "no model in" in missing["efficiency_error"]
     assert missing["train_tokens_per_second"] is None
+
+
+class HereWorker:
+    """A worker without a process of its own, whose deeper steps take 9 seconds, and all else 1."""
+
+    def __init__(self, name):
+        self.work = Work()
+
+    def call(self, command, **arguments):
+        answer = getattr(self.work, command)(**json.loads(json.dumps(arguments)))
+        return answer | ({"seconds": [9.0 if arguments.get("deep") else 1.0]} if "seconds" in answer else {})
+
+    def close(self):
+        """Nothing to end."""
+
+
+@pytest.mark.parametrize(
+    ("lagged", "gradients", "seconds"),
+    [
+        ({}, [True], 1.0),
+        ({"lagged_passes": 3, "lagged_grad_passes": 2}, [False, True, True], 1.0),
+        ({"lagged_deep_share": 0.25, "lagged_deep_passes": 2}, [True], 0.75 * 1 + 0.25 * 9),
+        ({"step_by_step": True, "lagged_deep_share": 0.25}, [True] * 16, 1.0),
+    ],
+)
+def test_training_is_measured_by_the_steps_that_a_recurrent_model_was_trained_with(
+    tmp_path, monkeypatch, lagged, gradients, seconds
+):
+    for name in ("pythia", "continuous_fuse"):
+        create_model(name, **SHAPE).save_pretrained(tmp_path / name / "model")
+    passes = []
+    iterate = ContinuousLM.iterate
+
+    def watched(model, input_ids, *args, **kwargs):
+        if model.training:
+            passes.append((input_ids.shape[1], torch.is_grad_enabled()))
+        return iterate(model, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(ContinuousLM, "iterate", watched)
+    monkeypatch.setattr(efficiency, "Worker", HereWorker)
+    monkeypatch.setattr(efficiency, "ROUNDS", 1)
+    small = {"seq_length": 16, "batch_size": 2, "decode_context": 8, "efficiency_seconds": 1e-6}
+    settings = resolve(RunSettings(**small, precision="float32", **lagged))
+    results = measure_all([tmp_path / "pythia", tmp_path / "continuous_fuse"], settings)
+    assert [result["efficiency_error"] for result in results] == [None, None]
+    speeds = [result["train_tokens_per_second"] for result in results]
+    assert speeds == pytest.approx([32.0, 32.0 / seconds])
+    step_by_step = lagged.get("step_by_step", False)
+    assert {length for length, _ in passes} == {1 if step_by_step else 16}
+    kinds = [True] * 2 if lagged.get("lagged_deep_share") and not step_by_step else []
+    one_more = [] if step_by_step else [False]  # the discrete pass of a window's first step
+    begin, warmup_and_step = gradients + kinds, 2 * gradients + 2 * kinds
+    assert [gradient for _, gradient in passes] == one_more + begin + warmup_and_step
+
+
+def test_a_measured_step_of_lagged_cache_training_needs_no_trainer():
+    code = "import sys, newllm.evaluation.lagged_work; sys.exit('transformers.trainer' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_dead_worker_is_one_clear_line():

@@ -156,6 +156,25 @@ def test_speed_and_memory_are_the_same_for_all_seeds_and_kept(text, finished, mo
     assert [row["decode_ms_per_token"] for row in read_results(finished)["rows"]] == [0, 1, 0, 1]
 
 
+def test_speeds_of_recurrent_models_that_were_measured_step_by_step_are_not_kept(text, tmp_path, monkeypatch):
+    calls = []
+
+    def measure_all(folders, settings):
+        calls.append(len(folders))
+        return [{"efficiency_error": None}] * len(folders)
+
+    monkeypatch.setattr(runner, "measure_all", measure_all)
+    for models in (["pythia"], ["pythia", "continuous_fuse"]):
+        settings = tiny(text, tmp_path / "out", models=models, max_tokens=128, evaluations=1, efficiency=True)
+        runner.compare(settings)
+        path = tmp_path / "out" / "efficiency.json"
+        known = json.loads(path.read_text())
+        older = {"runs", "settings", "machine"}
+        path.write_text(json.dumps(known | {"key": {name: known["key"][name] for name in older}}))
+        runner.compare(settings)
+    assert calls == [1, 2, 2], "without such a model what was measured stays valid"
+
+
 PLUGIN = """
 from newllm.models.layers.base import Layer, register_layer
 

@@ -46,7 +46,8 @@ def speed_table(result: dict[str, Any]) -> Table:
     view = _table(
         f"training {settings['model']}, {result['precision']}: {machine['cpu']}, {machine['threads']} threads, "
         f"torch {machine['torch']}",
-        f"Batches of {case['batch_size']} × {case['seq_length']} tokens, epochs of {settings['samples']:,} windows. "
+        f"Batches of {case['batch_size']} × {case['seq_length']} tokens, epochs of {settings['samples']:,} windows; "
+        "in the first, lagged steps take a forward pass more. Deeper steps are counted by their share. "
         "Peak: without the states that are kept of an epoch's windows. Ratios: median and range over the rounds.",
         columns,
     )
@@ -66,28 +67,29 @@ def speed_table(result: dict[str, Any]) -> Table:
 
 
 def quality_table(result: dict[str, Any]) -> Table:
-    """A row for each method: true perplexity at equal epochs and at equal time, and how far from the first method's."""
+    """A row for each method: test perplexity at equal epochs and at equal time, and how far from the first method's."""
     settings, records = result["settings"], result["quality"]
     (first,) = result["references"]
     seeds = len(settings["seeds"])
     view = _table(
-        "validation perplexity by true recurrence",
+        "test perplexity by true recurrence",
         f"Epochs of {settings['quality_samples']:,} windows; {seeds} seed{'s' if seeds > 1 else ''}"
         f"{', 95 % intervals' if seeds > 1 else ''}. Equal time: as long in training steps as {first}. "
+        f"Each run validates {settings['quality_evaluations']} times and keeps its best weights. "
         f"Difference to {first}, paired by seed.",
         ["equal epochs", "difference", "equal time", "difference", "epochs then"],
     )
-    reference = {record["seed"]: record["val_ppl"] for record in records if record["method"] == first}
+    reference = {record["seed"]: record["test_ppl"] for record in records if record["method"] == first}
     for method in settings["methods"]:
         cells = []
         for equal in ("epochs", "time"):
             same = "epochs" if method == first else equal  # the first method's time is that of its epochs
             own = [record for record in records if record["method"] == method and record["equal"] == same]
-            cells.append(_text(estimate(record["val_ppl"] for record in own), 2))
-            differences = [100 * (record["val_ppl"] / reference[record["seed"]] - 1) for record in own]
+            cells.append(_text(estimate(record["test_ppl"] for record in own), 2))
+            differences = [100 * (record["test_ppl"] / reference[record["seed"]] - 1) for record in own]
             cells.append("" if method == first else _text(estimate(differences), 1, " %"))
         epochs = [record["epochs"] for record in own]
-        view.add_row(method, *cells, number(epochs[0], 0) if epochs else "")
+        view.add_row(method, *cells, number(epochs[0], 1) if epochs else "")
     return view
 
 

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -182,14 +182,17 @@ def _start(stack: contextlib.ExitStack, settings: BenchSettings, max_positions: 
 def compare_rounds(rows: list[Row], references: list[str]) -> None:
     """Turns `rounds`, the seconds of every step of every round, into what is reported.
 
-    seconds is the median of all steps, round_seconds that of each round; best marks the fastest row of each model;
+    seconds is the median of all steps, round_seconds that of each round. A row may take other steps now and then, a
+    share `rare_share` of all, so few that no median sees them: their seconds are apart in `rare_rounds`, and both
+    figures are means of the two medians, by that share. best marks the fastest row of each model;
     speed_ratios has for each reference, a model in its best row, the ratio of its median to ours within one round:
     {"ratio": median over the rounds, "range": [lowest, highest]}.
     """
     for row in rows:
         rounds = row.pop("rounds")
-        row["seconds"] = statistics.median(itertools.chain.from_iterable(rounds))
-        row["round_seconds"] = [statistics.median(steps) for steps in rounds]
+        rare, share = row.pop("rare_rounds", rounds), row.pop("rare_share", 0.0)
+        row["seconds"] = mean_of_medians(itertools.chain(*rounds), itertools.chain(*rare), share)
+        row["round_seconds"] = [mean_of_medians(*steps, share) for steps in zip(rounds, rare, strict=True)]
     for row in rows:
         row["best"] = row["seconds"] == min(other["seconds"] for other in rows if other["model"] == row["model"])
     for row in rows:
@@ -201,6 +204,11 @@ def compare_rounds(rows: list[Row], references: list[str]) -> None:
                 "ratio": statistics.median(ratios),
                 "range": [min(ratios), max(ratios)],
             }
+
+
+def mean_of_medians(usual: Iterable[float], rare: Iterable[float], share: float) -> float:
+    """What a step takes on average, of which `share` are rare ones."""
+    return (1 - share) * statistics.median(usual) + share * statistics.median(rare)
 
 
 def best_rows(rows: list[Row], names: list[str]) -> list[Row]:

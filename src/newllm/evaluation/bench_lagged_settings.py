@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +46,7 @@ class LaggedBench(LayerBench):
     """'auto' is bf16 autocast where the device computes it natively, else float32."""
     quality: bool = False
     """Then train with every method, for equally many epochs and for as long as the first method takes, and measure the
-    perplexity by true recurrence."""
+    perplexity of the test split by true recurrence."""
     data: str = "shakespeare"
     """Corpus of these runs, as of `newllm train`."""
     quality_samples: int = 512
@@ -53,9 +54,9 @@ class LaggedBench(LayerBench):
     quality_epochs: int = 4
     """Epochs of the first method."""
     quality_evaluations: int = 4
-    """How often each of these runs measures the validation loss; the lowest counts."""
+    """How often each of these runs measures the validation loss, which chooses the weights that are kept."""
     quality_tokens: int = 10_000
-    """At most so many validation tokens."""
+    """At most so many tokens of the validation and of the test split."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds of these runs."""
     lr: float = 1e-3
@@ -66,8 +67,8 @@ class LaggedBench(LayerBench):
         names = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
         return {name: getattr(self, name) for name in names}
 
-    def run_settings(self, method: str, seed: int, epochs: float) -> RunSettings:
-        """A training run with a method."""
+    def run_settings(self, method: str, seed: int, steps: int) -> RunSettings:
+        """A training run with a method. Its budget is told in tokens: one in epochs would add evaluations."""
         return resolve(
             RunSettings(
                 model=self.model,
@@ -78,7 +79,7 @@ class LaggedBench(LayerBench):
                 seq_length=self.seq_length,
                 batch_size=self.batch_size,
                 samples=self.quality_samples,
-                epochs=epochs,
+                max_tokens=steps * self.batch_size * self.seq_length,
                 evaluations=self.quality_evaluations,
                 eval_tokens=self.quality_tokens,
                 patience=0,
@@ -110,19 +111,43 @@ class LaggedBench(LayerBench):
         if not self._state_size():
             raise UserError(f"--model {self.model} feeds no state back: choose one that does, as continuous_fuse")
         for method in self.methods:
-            check_suitability(self.run_settings(method, 0, self.quality_epochs), [self.model])
+            try:
+                check_suitability(self.run_settings(method, 0, steps=1), [self.model])
+            except UserError as error:
+                raise UserError(f"method '{method}': {error}") from error
+        steps = math.ceil(self.quality_epochs * self.quality_samples / self.batch_size)
+        if self.quality and self.quality_evaluations > steps:
+            raise UserError(
+                f"--quality-evaluations is {self.quality_evaluations}: it must be no more than the {steps} steps of "
+                f"{self.quality_epochs} epochs of {self.quality_samples} windows"
+            )
 
 
 def method_settings(method: str) -> dict[str, Any]:
-    """The settings of a training run that say 'lagged:passes=2,grad_passes=2' or 'step_by_step'."""
-    from newllm.models import parse_model
+    """The settings of a training run that say 'lagged:passes=2,grad_passes=2' or 'step_by_step'.
 
-    name, options = parse_model(method)
+    Raises:
+        UserError: an unknown method or option, or a value of another kind than the setting's.
+    """
+    name, _, options = method.partition(":")
     if name not in (STEP_BY_STEP, LAGGED):
         raise nearest(name, [STEP_BY_STEP, LAGGED], "method", "in --methods")
-    known = [field.name.removeprefix("lagged_") for field in dataclasses.fields(LaggedSettings)]
-    known = [key for key in known if name == LAGGED and key != STEP_BY_STEP]
-    for key in options:
-        if key not in known:
+    if name == STEP_BY_STEP and options:
+        raise UserError(f"method '{method}': step_by_step has no options; those of lagged are as in {LAGGED}:passes=2")
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(LaggedSettings)}
+    del kinds[STEP_BY_STEP]
+    settings: dict[str, Any] = {STEP_BY_STEP: name == STEP_BY_STEP}
+    for item in filter(None, options.split(",")):
+        key, _, value = item.partition("=")
+        kind = kinds.get(f"lagged_{key}")
+        if kind is None:
+            known = [setting.removeprefix("lagged_") for setting in kinds]
             raise nearest(key, known, "option", f"of method '{name}'")
-    return {f"lagged_{key}": value for key, value in options.items()} | {STEP_BY_STEP: name == STEP_BY_STEP}
+        try:
+            settings[f"lagged_{key}"] = int(value) if kind == "int" else float(value)
+        except ValueError:
+            what, example = ("a whole number", 2) if kind == "int" else ("a number", 0.1)
+            raise UserError(
+                f"method '{method}': {key} is '{value}': it must be {what}, as in {LAGGED}:{key}={example}"
+            ) from None
+    return settings

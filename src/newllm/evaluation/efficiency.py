@@ -7,6 +7,7 @@ read and costs nothing (torch's threads sleep a few milliseconds after their las
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import psutil
 
+from newllm.evaluation.bench import mean_of_medians
 from newllm.evaluation.processes import Worker, WorkerError
-from newllm.settings import CommonSettings
+from newllm.settings import CommonSettings, LaggedSettings
 
 ROUNDS = 3
 # How the time of `efficiency_seconds` is divided.
@@ -38,8 +40,9 @@ KEYS = (
 def measure_all(folders: list[Path], settings: CommonSettings) -> list[dict[str, Any]]:
     """Speed, memory and cache bytes of trained models; in the order of `folders`.
 
-    Training: full steps at batch_size × seq_length in the run's precision. Inference: batch 1 at `decode_context`
-    tokens, weights and cache in bf16 if that is the run's precision, else in float32 (`decode_dtype`).
+    Training: full steps at batch_size × seq_length in the run's precision; of a model that feeds a state back the steps
+    by which it was trained, as in its second epoch and later, deeper ones by their share. Inference: batch 1 at
+    `decode_context` tokens, weights and cache in bf16 if that is the run's precision, else in float32 (`decode_dtype`).
 
     Args:
         folders: run folders or model folders.
@@ -110,7 +113,8 @@ class Measurement:
         self.folder, self.settings = folder, settings
         self.result: dict[str, Any] = dict.fromkeys(KEYS)
         self.worker: Worker | None = None
-        self.times: dict[str, list[float]] = {phase: [] for phase in SHARES}
+        self.times: dict[str, list[float]] = {phase: [] for phase in (*SHARES, "train_deep")}
+        self.recurrence: dict[str, Any] | None = None
 
     def attempt(self, phase: Callable[[Measurement], None]) -> None:
         """Runs a phase; after a failure, which is noted in the result, no other."""
@@ -127,31 +131,41 @@ class Measurement:
         device = resolve_device(self.settings)
         self.precision = resolve_precision(self.settings, device)
         self.worker = Worker(str(self.folder))
-        self.worker.call(
+        built = self.worker.call(
             "build",
             subject={"folder": str(self.folder), "plugin": self.settings.plugin},
             device=device.type,
             threads=self.settings.threads,
         )
-        self.result["peak_memory_bytes"] = self._train_slice(0, warmup=0)["peak_bytes"]
+        if built["recurrent"]:
+            self.recurrence = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(LaggedSettings)}
+        self._train_slice(0, warmup=0)
 
     def train(self) -> None:
-        answer = self._train_slice(self._slice("train"))
-        self.times["train"] += answer["seconds"]
+        for phase, times in self._train_slice(self._slice("train")).items():
+            self.times[phase] += times
+        usual, rare = self.times["train"], self.times["train_deep"]
+        seconds = mean_of_medians(usual, rare or usual, self.settings.lagged_deep_share if rare else 0.0)
         tokens = self.settings.batch_size * self.settings.seq_length  # type: ignore[operator]
-        self.result["train_tokens_per_second"] = tokens / statistics.median(self.times["train"])
-        self.result["peak_memory_bytes"] = answer["peak_bytes"]
+        self.result["train_tokens_per_second"] = tokens / seconds
 
-    def _train_slice(self, seconds: float, warmup: int = 1) -> dict[str, Any]:
-        """The first step after another process has worked finds cold caches: it is not counted."""
-        return self._call(
-            "train",
-            batch_size=self.settings.batch_size,
-            seq_length=self.settings.seq_length,
-            precision=self.precision,
-            seconds=seconds,
-            warmup=warmup,
-        )
+    def _train_slice(self, seconds: float, warmup: int = 1) -> dict[str, list[float]]:
+        """Seconds of steps of each kind that the run takes, together for so long; notes the peak.
+
+        The first step after another process has worked finds cold caches: it is not counted.
+        """
+        step: dict[str, Any] = {"batch_size": self.settings.batch_size, "seq_length": self.settings.seq_length}
+        step |= {"precision": self.precision, "recurrence": self.recurrence}
+        kinds = {"train": False} | ({"train_deep": True} if self._has_deep_steps() else {})
+        times = {}
+        for phase, deep in kinds.items():
+            answer = self._call("train", **step, deep=deep, seconds=seconds / len(kinds), warmup=warmup)
+            times[phase] = answer["seconds"]
+            self.result["peak_memory_bytes"] = answer["peak_bytes"]
+        return times
+
+    def _has_deep_steps(self) -> bool:
+        return bool(self.recurrence and self.settings.lagged_deep_share and not self.settings.step_by_step)
 
     def prepare_inference(self) -> None:
         """Casts the weights, and reads the bytes of the cache at three lengths."""

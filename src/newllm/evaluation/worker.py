@@ -8,13 +8,10 @@ input, {"do": name of a method of Work, **arguments}, and answers each with one 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +23,9 @@ from newllm.evaluation.process_memory import peak_bytes, reset_peak, resident_by
 from newllm.evaluation.rivals import build_rival, rival_cache
 from newllm.evaluation.stream import Stream, fill, repeated
 from newllm.settings import UserError
+
+if TYPE_CHECKING:
+    from newllm.evaluation.lagged_work import LaggedSteps
 
 
 class Work(LayerWork):
@@ -42,8 +42,12 @@ class Work(LayerWork):
         self.vocab_size: int = self.model.config.vocab_size  # type: ignore[union-attr, assignment]
         self.optimizer: torch.optim.Optimizer | None = None
         self.cache: Any = None
-        self.lagged: Callable[[Tensor], Tensor] | None = None
-        return {"parameters": sum(p.numel() for p in self.model.parameters()), "threads": torch.get_num_threads()}
+        self.lagged: LaggedSteps | None = None
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "threads": torch.get_num_threads(),
+            "recurrent": bool(getattr(self.model, "state_size", 0)),  # a rival has none
+        }
 
     def train(
         self,
@@ -54,6 +58,7 @@ class Work(LayerWork):
         seconds: float = 0.0,
         warmup: int = 0,
         recurrence: dict[str, Any] | None = None,
+        deep: bool = False,
         **ids: str,
     ) -> dict[str, Any]:
         """Full training steps: forward, backward, clipping, fused AdamW; at least `steps`, for at least `seconds`.
@@ -61,14 +66,17 @@ class Work(LayerWork):
         Args:
             warmup: steps before, which are not counted.
             recurrence: how a model that feeds a state back is trained, as settings of a run.
+            deep: these are its deeper steps.
             ids: path of a .npy file of token ids (ids=…); without it they are random.
         """
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
             self.model.train()
         optimizer = self.optimizer
-        if recurrence is not None and self.lagged is None:
-            self.lagged = start_lagged(self.model, batch_size, seq_length, recurrence)
+        if recurrence is not None and not recurrence["step_by_step"] and self.lagged is None:
+            from newllm.evaluation.lagged_work import LaggedSteps
+
+            self.lagged = LaggedSteps(self.model, batch_size, seq_length, recurrence)  # type: ignore[arg-type]
 
         def step() -> None:
             tokens = self._tokens(batch_size, seq_length, **ids)
@@ -76,7 +84,7 @@ class Work(LayerWork):
                 if self.lagged is None:
                     loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
                 else:
-                    loss = self.lagged(tokens)
+                    loss = self.lagged.loss(tokens, deep)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
@@ -84,6 +92,24 @@ class Work(LayerWork):
 
         self._repeat(step, most=warmup)
         return {"seconds": self._repeat(step, steps, seconds), "peak_bytes": peak_bytes(self.device)}
+
+    def discrete(
+        self, batch_size: int, seq_length: int, precision: str, steps: int = 1, warmup: int = 0, **ids: str
+    ) -> dict[str, Any]:
+        """The forward pass that goes before the first step on a batch of windows, by Lagged Cache Training.
+
+        Args as of `train`, which says how: it comes first.
+        """
+        assert self.lagged is not None
+        lagged = self.lagged
+
+        def step() -> None:
+            tokens = self._tokens(batch_size, seq_length, **ids)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                lagged.discrete(tokens)
+
+        self._repeat(step, most=warmup)
+        return {"seconds": self._repeat(step, steps)}
 
     def infer(self, dtype: str) -> dict[str, Any]:
         """From here on inference, with the weights in `dtype`."""
@@ -270,29 +296,6 @@ def build_model(subject: dict[str, Any]) -> nn.Module:
     if "folder" in shape:
         return load_model(shape["folder"])
     return create_model(shape.pop("model"), **shape)
-
-
-def start_lagged(
-    model: nn.Module, batch_size: int, seq_length: int, settings: dict[str, Any]
-) -> Callable[[Tensor], Tensor] | None:
-    """The loss of a step of Lagged Cache Training on (B, T) tokens; None where the settings say step by step.
-
-    Every batch is taken for the same windows, whose states are kept from the second step on: a step of a later epoch.
-    """
-    from newllm.models.recurrent import RecurrentLM
-    from newllm.settings import RunSettings
-    from newllm.training.lagged_cache import LaggedTraining  # it is in memory for either, or peaks would not compare
-
-    if settings["step_by_step"]:
-        return None
-    assert isinstance(model, RecurrentLM)
-    run = RunSettings(seq_length=seq_length, **settings)
-    training, samples, steps = (
-        LaggedTraining(model, run, batch_size, Path()),
-        torch.arange(batch_size),
-        itertools.count(),
-    )
-    return lambda ids: training.loss({"input_ids": ids, "labels": ids, "sample": samples}, next(steps), None)
 
 
 def weight_bytes(model: nn.Module, rows: int) -> int:
