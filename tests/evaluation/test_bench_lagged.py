@@ -167,12 +167,12 @@ def test_every_run_validates_equally_often_and_is_judged_on_a_text_that_chose_no
     ("changes", "words"),
     [
         ({"model": "pythia"}, "--model pythia feeds no state back"),
-        ({"methods": ["lagd"]}, "unknown method 'lagd'"),
+        ({"methods": ["lagd"]}, "^unknown method 'lagd'"),
         ({"methods": ["lagged:pases=2"]}, "unknown option 'pases' .* 'passes'"),
         ({"methods": ["lagged:grad_passes=2"]}, "^method 'lagged:grad_passes=2': --lagged-grad-passes is 2"),
         (
             {"methods": ["lagged:passes=two"]},
-            "^method .*: passes is 'two': it must be a whole number, as in .*passes=2$",
+            "^method 'lagged:passes=two': passes is 'two': it must be a whole number, as in .*passes=2$",
         ),
         ({"methods": ["lagged:passes=1.5"]}, "passes is '1.5': it must be a whole number"),
         ({"methods": ["lagged:passes=true"]}, "passes is 'true': it must be a whole number"),

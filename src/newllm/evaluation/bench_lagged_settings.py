@@ -111,6 +111,7 @@ class LaggedBench(LayerBench):
         if not self._state_size():
             raise UserError(f"--model {self.model} feeds no state back: choose one that does, as continuous_fuse")
         for method in self.methods:
+            method_settings(method)
             try:
                 check_suitability(self.run_settings(method, 0, steps=1), [self.model])
             except UserError as error:
