@@ -17,13 +17,14 @@ class FadingSum(Layer):
 
     def forward(self, x, *, positions, mask, state):
         T, h = x.shape[1], self.norm(x)
-        v = self.value(h) if mask is None else self.value(h) * mask[:, -T:, None]
-        t = torch.arange(T, device=x.device, dtype=torch.float64)  # bf16 cannot count beyond 256
-        total = (self.fade ** (t[:, None] - t).clamp(min=0)).tril().to(v.dtype) @ v  # (B, T, D)
+        real = torch.ones_like(positions) if mask is None else mask[:, -T:].long()  # 0 for padding
+        v = self.value(h) * real[..., None]
+        t = real.cumsum(1).double()  # real tokens so far; bf16 cannot count beyond 256
+        total = (self.fade ** (t[:, :, None] - t[:, None]).clamp(min=0)).tril().to(v.dtype) @ v  # (B, T, D)
         if state is not None:
             before = state.read("total")
             if before is not None:
-                total = total + (self.fade ** (t + 1)).to(v.dtype)[:, None] * before[:, None]
+                total = total + (self.fade**t).to(v.dtype)[..., None] * before[:, None]
             state.write(T, total=total[:, -1])
         return x + torch.sigmoid(self.gate(h)) * total + self.mlp(h)
 

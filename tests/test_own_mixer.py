@@ -1,4 +1,4 @@
-"""The README's own mixer works as printed, and three ways of breaking it are each named."""
+"""The README's own mixer works as printed, and four ways of breaking it are each named."""
 
 import re
 from pathlib import Path
@@ -57,8 +57,18 @@ def test_it_keeps_the_contract_as_printed(tmp_path, capsys):
             "if False:",
             "cache and forward disagree: read token by token, the logits differ from reading all at once from token 1",
         ),
+        (
+            "real.cumsum(1)",
+            "torch.ones_like(real).cumsum(1)",
+            "padding moves the state: with 1 padded tokens left and 2 right of the first 12 tokens, the logits",
+        ),
     ],
-    ids=["peeks one token ahead", "averages over the batch", "forgets its state between chunks"],
+    ids=[
+        "peeks one token ahead",
+        "averages over the batch",
+        "forgets its state between chunks",
+        "fades while it reads padding",
+    ],
 )
 def test_a_broken_variant_is_named(tmp_path, capsys, right, wrong, words):
     assert right in EXAMPLE

@@ -241,6 +241,29 @@ def _chunks(s: Subject) -> tuple[bool, str]:
     return True, f"token by token and in chunks = all at once (largest relative difference {worst:.1g})"
 
 
+def _after_padding(s: Subject) -> tuple[bool, str]:
+    B, T = s.ids.shape
+    half, starts = T // 2, [3, 1] + [0] * (B - 2)  # of each row's text among its padding, of which there are 3
+    ids = torch.zeros(B, half + 3, dtype=torch.long, device=s.ids.device)
+    mask = torch.zeros_like(ids)
+    for row, start in enumerate(starts):
+        ids[row, start : start + half], mask[row, start : start + half] = s.ids[row, :half], 1
+    mask = torch.cat([mask, mask.new_ones(B, T - half)], dim=1)
+    cache, stop, logits = s.model.make_cache(), 0, []
+    for chunk in torch.cat([ids, s.ids[:, half:]], dim=1).split([half + 3, 1, T - half - 1], dim=1):
+        stop += chunk.shape[1]
+        logits.append(s.model(chunk, attention_mask=mask[:, :stop], past_key_values=cache).logits)
+    base = s.logits(s.ids)[:, half:]
+    for row, start in enumerate(starts):
+        gap, token = s.difference(torch.cat(logits[1:], dim=1)[row : row + 1], base[row : row + 1])
+        if token is not None:
+            return False, (
+                f"padding moves the state: with {start} padded tokens left and {3 - start} right of the first {half} "
+                f"tokens, the logits of row {row} differ from token {half + token} on, by {gap:.2g}"
+            )
+    return True, "padding, also right of what the cache has read, changes nothing for what follows it"
+
+
 def _reorder(s: Subject) -> tuple[bool, str]:
     half = s.ids.shape[1] // 2
     first, second = s.ids[:, :half], s.ids[:, half:]
@@ -340,6 +363,7 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "rows": (_rows, ("finite",)),
     "padding": (_padding, ("finite", "future", "rows")),
     "chunks": (_chunks, ("finite", "future")),
+    "after padding": (_after_padding, ("finite", "future", "rows", "padding", "chunks")),
     "reorder": (_reorder, ("finite", "future", "rows", "chunks")),
     "generate": (_generate, ("finite", "future", "rows", "chunks")),
     "saved": (_saved, ("finite",)),
