@@ -8,7 +8,7 @@ from toy_recurrent import lively
 
 from newllm.evaluation.checks import check_model
 from newllm.models import TransformerLM, create_model, load_model
-from newllm.models.cache import RecurrentState
+from newllm.models.cache import RecurrentState, bytes_of
 from newllm.models.layers import create_layer
 from newllm.models.recurrent import RecurrentLM, lag
 from newllm.settings import UserError
@@ -76,6 +76,10 @@ def test_the_first_new_llm_refuses_what_it_cannot_be():
         ({"depth": 0}, "depth is 0"),
         ({"context_size": 2.5}, "context_size is 2.5"),
         ({"dropout": 1.0}, r"dropout is 1.0: it must lie in \[0, 1\)"),
+        ({"dropout": "high"}, r"dropout is 'high': it must lie in \[0, 1\)"),
+        ({"dropout": None}, r"dropout is None: it must lie in \[0, 1\)"),
+        ({"width": [4]}, r"width is \[4\]: it must be a whole number"),
+        ({"max_positions": True}, "max_positions is True: it must be a whole number"),
         ({"tie_word_embeddings": True}, "differ in width"),
     ):
         with pytest.raises(UserError, match=words):
@@ -114,6 +118,46 @@ def test_time_scales_are_what_a_context_begins_with():
     torch.testing.assert_close(plain.rates.sigmoid(), torch.full_like(plain.rates, 0.5))
 
 
+@pytest.mark.parametrize("gates", ["none", "update", "update_forget", "input"])
+@torch.no_grad()
+def test_under_bf16_weights_a_context_fades_as_its_rates_say(gates):
+    """1 − 1/τ takes more than bf16's eight bits: of τ = 500 tokens it would make 256, or no end."""
+    cell = make_layer(gates=gates, time_scales={"short": 300, "long": 900}).cell.bfloat16()
+    cell.reset_parameters()
+    for name, parameter in cell.named_parameters():
+        if name != "rates":
+            torch.nn.init.zeros_(parameter)  # nothing is written
+    x = torch.zeros(1, 400, 16, dtype=torch.bfloat16)
+    after = cell(x, None, torch.ones(1, 1, 16))[0, -1, 0]
+    rates = cell.rates.double().sigmoid()[-16:]
+    torch.testing.assert_close(after.double(), (1 - rates) ** 400, rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+def test_the_first_new_llm_sums_its_context_in_float32_under_bf16_weights(tmp_path):
+    model = create_model("context_vector", **SHAPE).bfloat16().eval()
+    ids = torch.randint(40, (1, 700))
+    cache = model.make_cache()
+    hidden = torch.cat([model.hidden_states(part, past_key_values=cache) for part in ids.split(350, dim=1)], dim=1)
+    state = cache.layers[-1].read("state")
+    assert state.dtype == torch.float32
+    torch.testing.assert_close(state.double(), model.move(hidden).double().sum(dim=1), rtol=1e-4, atol=1e-4)
+    assert bytes_of(cache.layers[-1].tensors().values()) == sum(model.state_bytes(700, 2)) == 16 * 4
+    restored = model.make_cache()
+    restored.restore(cache.export())
+    again = [model(ids[:, :5], past_key_values=c).logits for c in (cache, restored)]
+    assert torch.equal(*again)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(tmp_path, dtype=torch.bfloat16).eval()(ids[:, :9]).logits, model(ids[:, :9]).logits)
+
+
+@pytest.mark.parametrize("name", ["context_vector", *NONLINEAR, "context_pythia"])
+def test_state_bytes_are_their_closed_form_under_bf16_weights(name):
+    found = {result.name: result for result in check_model(make(name).bfloat16(), tokens=20)}
+    assert found["bytes"].passed, found["bytes"].detail
+    assert found["saved"].passed, found["saved"].detail
+
+
 def test_variance_of_what_is_written_is_kept_whatever_the_time_scale():
     layer = make_layer(time_scales={"short": 2, "long": 50}, context_size=32)
     layer.cell.reset_parameters()
@@ -138,7 +182,17 @@ def test_it_has_about_as_many_parameters_as_the_baselines_layer():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"gates": "forget"}, "did you mean 'none'|gates"),
+        ({"gates": "inputs"}, "^unknown gates 'inputs' of context vectors: did you mean 'input'"),
+        ({"gates": ["update"]}, r"^unknown gates '\['update'\]' of context vectors"),
+        ({"gates": {"update": 1}}, r"^unknown gates '\{'update': 1\}' of context vectors"),
+        ({"gates": None}, "^unknown gates 'None' of context vectors"),
+        ({"context_size": "wide"}, "^context_size is 'wide': it must be a whole number"),
+        ({"num_contexts": [2]}, r"^num_contexts is \[2\]: it must be a whole number"),
+        ({"conv_size": {}}, r"^conv_size is \{\}: it must be a whole number"),
+        ({"mlp": "no"}, "^mlp is 'no': it must be true or false"),
+        ({"time_scales": {"long": "late"}}, "^time_scales.long is 'late': it must be a number of tokens above 1"),
+        ({"time_scales": {"long": float("nan")}}, "^time_scales.long is nan: it must be a number of tokens above 1"),
+        ({"time_scales": 256}, "^time_scales is 256: it must be null or tokens"),
         ({"context_size": 7}, "context_size 7 does not divide into num_heads 2"),
         ({"num_contexts": 0}, "num_contexts is 0"),
         ({"conv_size": 0}, "conv_size is 0"),
@@ -152,6 +206,9 @@ def test_it_has_about_as_many_parameters_as_the_baselines_layer():
 def test_a_wrong_option_is_told(options, words):
     with pytest.raises(UserError, match=words):
         create_layer(LAYER | options)
+    if not options.keys() & {"conv_size", "mlp"} and options != {"context_size": 7}:  # its cell has one head
+        with pytest.raises(UserError, match=words):
+            create_model("context_pythia", **SHAPE, **options)
 
 
 # Models

@@ -45,7 +45,7 @@ class ContextVectorConfig(LMConfig):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
-        if not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout!r}: it must lie in [0, 1)")
         if self.tie_word_embeddings and self.width != self.hidden_size:
             raise UserError("tie_word_embeddings: embedding and head differ in width here; leave it out")

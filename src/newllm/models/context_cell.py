@@ -183,7 +183,7 @@ def check_cell(num_heads: int, context_size: int, num_contexts: int, gates: str,
             raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
     if context_size % num_heads:
         raise UserError(f"context_size {context_size} does not divide into num_heads {num_heads}")
-    if gates not in GATES:
+    if not isinstance(gates, str) or gates not in GATES:
         raise nearest(str(gates), list(GATES), "gates", "of context vectors")
     if num_contexts > 1 and not GATES[gates] and not scaled:
         raise UserError(

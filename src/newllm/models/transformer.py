@@ -159,7 +159,7 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) token ids; or inputs_embeds (B, T, D).
             attention_mask: (B, S) over past and chunk, or (B, T) over the chunk alone if the past had no padding; 1 for
-                real tokens. Padding may stand left or right.
+                real tokens. Padding may stand anywhere; a row reads on after it as if there were none.
             position_ids: (B, T) or (1, T); default: counted from each row's first real token.
             past_key_values: the model's cache, or any empty Hugging Face cache, which then takes this model's states.
             use_cache: make a cache and return it. Outside training, a model whose configuration quantises its caches,

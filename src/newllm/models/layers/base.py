@@ -58,7 +58,7 @@ class Layer(nn.Module):
             x: (B, T, D) residual stream.
             positions: (B, T) token positions, counted from 0 at each row's first real token.
             mask: (B, S) bool over all S tokens the state has read, this chunk's T last; True for real tokens, False
-                for padding. None if all are real.
+                for padding, which may stand anywhere in a row and leaves its state as it is. None if all are real.
             state: what `make_state` returned, advanced by this call; None for a whole sequence at once.
 
         Returns:
