@@ -72,6 +72,18 @@ def test_as_many_passes_as_tokens_have_the_loss_and_gradient_of_step_by_step(nam
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_single_pass_teaches_all_weights_but_those_of_a_state_that_only_later_tokens_read(name):
+    model = toy() if name == "toy" else create_model(name, **SHAPE | {"num_layers": 3})
+    ids = torch.randint(60, (2, 7))
+
+    def taught(grad_passes):
+        loss, _, _ = lagged_loss(model, ids, ids, start(model, ids), 2, grad_passes)
+        return {n for (n, _), g in zip(model.named_parameters(), gradients(model, loss), strict=True) if g.any()}
+
+    assert (taught(1) != taught(2)) == model.state_learns_from_later_tokens == (name == "context_vector")
+
+
 @settings(max_examples=10)
 @given(passes=st.integers(1, 4), grad_passes=st.integers(1, 4), length=st.integers(2, 9))
 def test_passes_are_what_they_are_said_to_be(passes, grad_passes, length):

@@ -52,3 +52,13 @@ def test_a_share_of_deeper_steps_alone_is_enough():
     check("continuous_fuse", lagged_deep_share=0.1)
     with pytest.raises(UserError, match=r"^--lagged-deep-passes is 4: with --lagged-deep-share 0.1 [^\n]*$"):
         check("continuous_fuse", lagged_passes=8, lagged_deep_share=0.1)
+
+
+def test_a_state_that_only_later_tokens_read_is_not_trained_by_a_single_pass():
+    words = r"^context_vector:depth=2: its state is read by later tokens alone.* --step-by-step true, or .*-passes 2$"
+    for passes in (1, 3):
+        with pytest.raises(UserError, match=words):
+            check("pythia", "context_vector:depth=2", lagged_passes=passes)
+    check("pythia", "context_vector", step_by_step=True)
+    check("pythia", "context_vector", lagged_passes=2, lagged_grad_passes=2)
+    check("context_pythia", "continuous", "dproj", "context_plain")

@@ -67,6 +67,7 @@ class ContextVectorLM(RecurrentLM):
     """
 
     config_class = ContextVectorConfig
+    state_learns_from_later_tokens = True
 
     def __init__(self, config: ContextVectorConfig) -> None:
         super().__init__(config)

@@ -9,6 +9,8 @@ token's state exact.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -23,6 +25,10 @@ class RecurrentLM(TransformerLM):
 
     Its cache holds the states of the layers and, last, the state after the newest token.
     """
+
+    state_learns_from_later_tokens: ClassVar[bool] = False
+    """Whether a state is read by later tokens alone, and by nothing in the pass that makes it. What makes it has no
+    gradient but through it, and learns by Lagged Cache Training only if two passes or more carry gradient."""
 
     def iterate(
         self,

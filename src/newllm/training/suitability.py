@@ -11,6 +11,7 @@ from newllm.models import TransformerLM, create_model
 from newllm.models.cache import TokenState
 from newllm.models.layers import Layer
 from newllm.models.memory import layers_with_memories
+from newllm.models.recurrent import RecurrentLM
 from newllm.settings import CommonSettings, UserError
 
 
@@ -21,8 +22,8 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
       of which there can be only one. And tasks make windows that stand alone, which is something else.
     - Tasks must leave steps for the text.
     - Without, every window begins with empty memories: it must be longer than a segment, or none is ever read.
-    - Lagged Cache Training keeps the states of windows, in the one process that trains on them; and its deeper steps
-      must be deeper than the others.
+    - Lagged Cache Training keeps the states of windows, in the one process that trains on them; its deeper steps must
+      be deeper than the others; and what makes a state that later tokens alone read learns nothing from a single pass.
     """
     shares = {f"--{name.replace('_', '-')}": share for name, share in task_shares(settings).items()}
     if settings.streaming and shares:
@@ -46,14 +47,14 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
                 intermediate_size=settings.intermediate_size,
             )
         if model.state_size and not settings.step_by_step:
-            _check_lagged(name, settings)
+            _check_lagged(name, model, settings)
         if settings.streaming:
             _check_states(name, model)
         else:
             _check_segments(name, model, settings)
 
 
-def _check_lagged(name: str, settings: CommonSettings) -> None:
+def _check_lagged(name: str, model: TransformerLM, settings: CommonSettings) -> None:
     if settings.streaming:
         raise UserError(
             f"--streaming: {name} feeds a state back and is trained by Lagged Cache Training, which keeps the states "
@@ -76,6 +77,12 @@ def _check_lagged(name: str, settings: CommonSettings) -> None:
             f"--lagged-deep-passes is {settings.lagged_deep_passes}: with --lagged-deep-share "
             f"{settings.lagged_deep_share:g} and --lagged-passes {settings.lagged_passes} it must be at least {least}, "
             "or the deeper steps are none"
+        )
+    if isinstance(model, RecurrentLM) and model.state_learns_from_later_tokens and settings.lagged_grad_passes < 2:
+        raise UserError(
+            f"{name}: its state is read by later tokens alone, so one pass with gradient would never teach it "
+            "what to keep: train by true recurrence with --step-by-step true, or with at least --lagged-passes 2 "
+            "--lagged-grad-passes 2"
         )
 
 
