@@ -316,7 +316,7 @@ class RunSettings(CommonSettings):
 
 
 def cache_folder(chosen: str | None = None) -> Path:
-    """Where tokenizers, token files and compiled kernels are kept: `chosen`, else $NEWLLM_CACHE, else ~/.cache/newllm."""
+    """For tokenizers, token files and compiled kernels: `chosen`, else $NEWLLM_CACHE, else ~/.cache/newllm."""
     return Path(chosen or os.environ.get("NEWLLM_CACHE") or "~/.cache/newllm").expanduser()
 
 

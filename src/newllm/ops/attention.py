@@ -45,8 +45,6 @@ def causal_attention(
         (B, H, T, dv) in the dtype of q. The row of a padded query is finite and without meaning.
     """
     T, S = q.shape[2], k.shape[2]
-    if T == 1 and native.usable(q, k, v) and k.stride(3) == v.stride(3) == 1:
-        return _one_query(q, k, v, slopes, window, mask, scale)
     if T <= DIRECT_QUERIES:
         return _direct(q, k, v, slopes, window, mask, scale)
     if slopes is None and mask is None and T == S and (window is None or window >= S):
@@ -117,33 +115,6 @@ def _sdpa(
     return mixed.to(dtype)
 
 
-def _one_query(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    window: int | None,
-    mask: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    """A token decoded on a CPU, by our own kernel."""
-    S = k.shape[2]
-    first, distances = 0, None
-    if mask is not None:
-        places = mask.cumsum(dim=1)
-        distances = (places[:, -1:] - places).float()
-        seen = mask.clone()
-        seen[:, -1] = True
-        if window is not None:
-            seen &= distances < window
-        distances = distances.masked_fill(~seen, -1.0)
-    elif window is not None:
-        first = max(0, S - window)
-    if slopes is not None:
-        slopes = slopes.float().expand(q.shape[1])
-    return native.attention(q, k, v, slopes, distances, first, q.shape[3] ** -0.5 if scale is None else scale)
-
-
 def _direct(
     q: Tensor,
     k: Tensor,
@@ -153,12 +124,18 @@ def _direct(
     mask: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """Few queries, many keys (decoding): two matrix products, query heads of one key head stacked as rows."""
+    """Few queries, many keys (decoding): our own kernel for one of them on a CPU, else two matrix products, query heads
+    of one key head stacked as rows."""
     B, H, T, d = q.shape
     Hk, S, dv = k.shape[1], k.shape[2], v.shape[3]
+    scale = d**-0.5 if scale is None else scale
+    if T == 1 and native.usable(q, k, v) and k.stride(3) == v.stride(3) == 1:
+        each = None if slopes is None else slopes.float().expand(H)
+        first, distances = _seen(S, window, mask)
+        return native.attention(q, k, v, each, distances, first, scale)
     k, v, start = _whole_buffers(k, v)
     C, stop = k.shape[2], start + S  # the S tokens stand at [start, stop) of C
-    rows = q.reshape(B * Hk, H // Hk * T, d) * (d**-0.5 if scale is None else scale)
+    rows = q.reshape(B * Hk, H // Hk * T, d) * scale
     with torch.autocast(q.device.type, enabled=False):
         # Three dimensions: with four, a bf16 product of a single key head takes three times as long on a CPU.
         scores = torch.bmm(rows, k.reshape(B * Hk, C, d).transpose(1, 2)).view(B, H, T, C)
@@ -174,6 +151,19 @@ def _direct(
             scores = scores + bias if C == S else scores + F.pad(bias, (start, C - stop))
         weights = scores.softmax(dim=-1).to(v.dtype).view(B * Hk, H // Hk * T, C)
         return torch.bmm(weights, v.reshape(B * Hk, C, dv)).view(B, H, T, dv)
+
+
+def _seen(S: int, window: int | None, mask: Tensor | None) -> tuple[int, Tensor | None]:
+    """The first token that the last one sees; and its distances (B, S), −1 for those unseen, or None for S − 1 − j."""
+    if mask is None:
+        return (0 if window is None else max(0, S - window)), None
+    places = mask.cumsum(dim=1)
+    distances = (places[:, -1:] - places).float()
+    seen = mask.clone()
+    seen[:, -1] = True
+    if window is not None:
+        seen &= distances < window
+    return 0, distances.masked_fill(~seen, -1.0)
 
 
 def _distances(stop: int, C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
