@@ -132,6 +132,15 @@ def test_its_layers_and_its_head_have_the_projections_width(tmp_path):
         assert getattr(loaded, name) == getattr(model.config, name), name
 
 
+@pytest.mark.parametrize(("hidden_size", "share"), [(512, 0.625), (640, 0.5), (320, 1.0)])
+def test_a_model_of_the_default_width_is_loaded_as_what_it_was(tmp_path, hidden_size, share):
+    """What equals a default value need not stand in config.json."""
+    model = create_model("dproj", **SHAPE | {"hidden_size": hidden_size}, projection_size=share)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path).config
+    assert (loaded.embedding_size, loaded.hidden_size, loaded.projection_size) == (hidden_size, 320, 320)
+
+
 @pytest.mark.parametrize(("size", "width"), [(0.5, 32), (24, 24), (1.0, 64)])
 def test_a_width_is_a_share_or_a_number(size, width):
     assert create_model("dproj", **SHAPE, projection_size=size).config.hidden_size == width
@@ -141,6 +150,10 @@ def test_a_width_is_a_share_or_a_number(size, width):
     ("options", "message"),
     [
         ({"projection_size": 30}, "projection_size is 30: it must be a multiple of num_heads 4, for example 40"),
+        ({"projection_size": "half"}, "projection_size is 'half': it must be a multiple of num_heads 4"),
+        ({"embedding_size": 7, "projection_size": 0.5}, r"embedding_size is 7: .* set projection_size alone"),
+        ({"embedding_size": "wide", "projection_size": 64}, r"embedding_size is 'wide': .* set projection_size alone"),
+        ({"embedding_size": 7}, r"embedding_size is 7: .* leave it out"),
         ({"cell": "randon"}, "unknown cell 'randon' of model 'dproj': did you mean 'random'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings: .* differ in width"),
     ],

@@ -190,6 +190,8 @@ def test_held_out_figures_are_those_of_true_recurrence(text):
     assert 1 < figures.passes <= 32
     strict = held_out(model, windows, dataclasses.replace(settings, projection_tolerance=1e-30))
     assert figures.passes < strict.passes <= 32
+    never = held_out(model, windows, dataclasses.replace(settings, projection_tolerance=-1.0))  # as rounding might
+    assert never.passes == 32
 
 
 @pytest.mark.parametrize("cell", ["random", "learned"])
@@ -204,6 +206,13 @@ def test_the_other_cells_have_no_first_phase(text, tmp_path, cell):
 def test_a_loss_that_is_not_finite_names_its_setting(text, tmp_path):
     with pytest.raises(UserError, match=r"loss of the projection is (nan|inf) in iteration .*--projection-lr"):
         run(tiny(text, projection_lr=1e37), tmp_path / "run")
+
+
+@pytest.mark.timeout(60)
+def test_a_cell_that_its_last_step_has_spoiled_is_told(text, tmp_path):
+    """The loss before it was finite."""
+    with pytest.raises(UserError, match=r"^dproj: the cell of the projection .* not finite .*--projection-lr$"):
+        run(tiny(text, projection_lr=1e37, projection_tokens=500, projection_iterations=1), tmp_path / "run")
 
 
 def test_its_settings_count_only_where_they_are_set():

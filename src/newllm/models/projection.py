@@ -79,7 +79,7 @@ class DProjConfig(LMConfig):
 
     Args:
         embedding_size: D. None, as in a new configuration, takes hidden_size and the layers' width for D; both are then
-            set to P.
+            set to P. A saved configuration has it, with P for hidden_size and projection_size.
         projection_size: P: a multiple of num_heads, or a share of D, rounded to one.
         cell: 'diverse', trained first with OACD and then frozen; or, to compare with, 'random', frozen as initialised,
             and 'learned', trained by the language model's loss like all else.
@@ -101,6 +101,11 @@ class DProjConfig(LMConfig):
             size = heads * head_size("projection_size", self.projection_size, self.hidden_size, heads)
             self.embedding_size, self.hidden_size, self.projection_size = self.hidden_size, size, size
             self.layer_specs = [spec | {"hidden_size": size} for spec in self.layer_specs]
+        elif self.projection_size != self.hidden_size or type(self.embedding_size) is not int:
+            raise UserError(
+                f"embedding_size is {self.embedding_size!r}: the embedding of a dproj model is hidden_size wide; leave "
+                "it out, and set projection_size alone"
+            )
         super().__post_init__(**kwargs)
 
 

@@ -285,11 +285,16 @@ def held_out_windows(tokens: TokenFile, settings: RunSettings) -> Tensor:
 
 @torch.no_grad()
 def held_out(model: DProjLM, ids: Tensor, settings: RunSettings) -> HeldOut:
-    """What the cell makes of windows (R, T)."""
+    """What the cell makes of windows (R, T). Raises UserError where its projections are not finite."""
     truth, _ = model.project(ids)
+    if not truth.isfinite().all():
+        raise UserError(
+            f"{settings.model}: the cell of the {PROJECTION} gives numbers that are not finite on held-out text "
+            f"(lr {settings.projection_lr:g}): try a lower --projection-lr"
+        )
     drive, states, passes = model.drive(ids), torch.zeros_like(truth), 0
     near = 0.0
-    while near < settings.projection_target:  # at the latest after T passes
+    while near < settings.projection_target and passes < ids.shape[1]:  # T passes are the truth, to rounding
         states, passes = model.cell(lag(states), drive), passes + 1
         near = ((states - truth).square().mean(dim=-1) < settings.projection_tolerance).float().mean().item()
     return HeldOut(effective_rank(truth.flatten(0, 1)), passes)
