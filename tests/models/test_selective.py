@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from newllm.data import TokenFile
 from newllm.evaluation.perplexity import evaluate
 from newllm.evaluation.selective import selective_figures
-from newllm.models import create_model
+from newllm.models import TransformerLM, create_model
+from newllm.models.layers import InfiniLayer, PythiaLayer
+from newllm.models.selective import SelectiveLM
 from newllm.ops import reference
 from newllm.settings import RunSettings, UserError, resolve
 
@@ -78,6 +80,26 @@ def test_what_is_not_to_be_predicted_counts_nothing_and_accumulation_weighs_by_t
     torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=32).loss, short * 8 / 32)
     as_tuple = model(ids, labels=labels, return_dict=False)
     torch.testing.assert_close(as_tuple[0], short)
+
+
+def test_without_a_target_loss_and_gradients_are_zero_as_in_other_models():
+    model, ids = make(max_skip=2).train(), torch.randint(61, (2, 8))
+    labels = torch.full_like(ids, -100)
+    loss = model(ids, labels=labels, num_items_in_batch=7).loss
+    loss.backward()
+    assert loss == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layer", [PythiaLayer, InfiniLayer])
+def test_a_memory_is_updated_in_training_by_no_model(layer):
+    told = []
+    for kind in (TransformerLM, SelectiveLM):
+        model, ids = kind(layers=[layer(32, 4, 48)], vocab_size=61).train(), torch.randint(61, (2, 8))
+        with pytest.raises(UserError) as error:
+            model(ids, labels=ids, update_memory=True)
+        told.append(str(error.value))
+    assert told[0] == told[1]
 
 
 def test_outside_training_every_token_counts_once_from_the_pass_that_speaks():

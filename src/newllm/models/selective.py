@@ -121,6 +121,8 @@ class SelectiveLM(ManyPassesLM):
         given = FORWARD.bind(self, *args, **kwargs).arguments
         if not self.training or given.get("labels") is None:
             return super().forward(*args, **kwargs)
+        if given.get("update_memory"):
+            self._check_can_update(cached=given.get("past_key_values") is not None)
         inputs = {name: given[name] for name in READ if name in given}
         loss = self.weighted_loss(self.all_hidden_states(**inputs), given["labels"], given.get("num_items_in_batch"))
         output = CausalLMOutputWithPast(loss=loss, past_key_values=given.get("past_key_values"))
@@ -133,7 +135,8 @@ class SelectiveLM(ManyPassesLM):
         nats = linear_cross_entropy(
             hidden[:, :, :-1].flatten(0, 2), self.head.weight, targets.flatten(), shares=shares.flatten()
         )
-        loss = nats / shares.sum()
+        weight = shares.sum()
+        loss = nats / torch.where(weight > 0, weight, 1)  # without a target 0, and so is every gradient
         return loss if num_items_in_batch is None else loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
 
     def pass_losses(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
