@@ -4,11 +4,36 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from newllm.models import create_model, preset_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = {"NEWLLM_CACHE", "OMP_NUM_THREADS", "SAME_STEP"}  # of the environment, and Gymnasium's autoreset mode
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+def test_the_table_of_models_gives_the_bytes_of_their_caches():
+    """Those that one token more adds to the states of the first and the last layer, of all passes together."""
+    rows = [line.split("|") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    figures = {
+        name: set(re.findall(r"([\d,]+) B", row[3]))
+        for row in rows
+        if len(row) == 6
+        for name in re.findall(r"`(\w+)`", row[1])
+        if name in preset_names()
+    }
+    assert len(figures) > 30
+    for name, given in figures.items():
+        with torch.device("meta"):
+            model = create_model(name, vocab_size=64)
+        layers, passes = max(1, len(model.layers)), getattr(model, "num_passes", 1)
+        before, after = model.state_bytes(50, 2), model.state_bytes(51, 2)  # within every window
+        grown = [b - a for a, b in zip(before, after, strict=True)][: passes * layers]
+        assert f"{sum(grown[::layers]):,}" in given, name
+        if name not in ("infini", "multi_memory", "hierarchical"):  # whose rows tell of their first layer alone
+            assert f"{sum(grown[layers - 1 :: layers]):,}" in given, name
 
 
 @pages
