@@ -232,10 +232,13 @@ def test_a_comparison_reports_the_first_phase(text, tmp_path):
     by_model = {row["model"]: row["projection"] for row in results["rows"]}
     assert by_model["pythia"] is None
     assert by_model["dproj"]["iterations"] == 4
+    count = sum(parameter.numel() for parameter in initial_model(tiny(text)).parameters())
+    assert [row["parameters"] for row in results["rows"] if row["model"] == "dproj"] == [count]
     for name in ("report.html", "report.md"):
         written = (report.parent / name).read_text()
         assert "Diverse projection" in written
         assert "dproj: 4 iterations over 5,000 tokens" in written
+        assert "All weights, embeddings included, also frozen ones" in written
     assert "plot-projection" in report.read_text()
 
 

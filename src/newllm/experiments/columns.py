@@ -54,7 +54,8 @@ MAIN_COLUMNS = [
         "Parameters",
         "million",
         "",
-        "Trained weights, embeddings included. Models with fewer parameters start at a disadvantage.",
+        "All weights, embeddings included, also frozen ones and those that only another mode of the model uses. Models "
+        "with fewer start at a disadvantage.",
         3,
         1e-6,
     ),
