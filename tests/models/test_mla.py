@@ -13,7 +13,7 @@ from newllm.evaluation import cache_bytes
 from newllm.models import create_model, load_model
 from newllm.models.layers import MLALayer, PythiaLayer, create_layer
 from newllm.models.transformer import TransformerLM
-from newllm.ops import attention, reference
+from newllm.ops import attention, native, reference
 from newllm.ops.quantize import BITS
 from newllm.settings import UserError
 
@@ -139,13 +139,15 @@ def test_auto_takes_the_path_that_multiplies_less(keys, kv_dim, whole):
         attend = layer._absorbed if layer.absorbs(queries, keys) else layer._materialised
         with torch.no_grad(), FlopCounterMode(display=False) as counter, pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "DIRECT_QUERIES", keys)  # plain products, which torch counts
+            patch.setattr(native, "library", lambda: None)
             attend(q, None, cached, None)
         operations[path] = counter.get_total_flops()
     assert operations["auto"] == min(operations["absorbed"], operations["materialised"])
 
 
-def test_a_decoding_step_does_not_expand_the_past():
+def test_a_decoding_step_does_not_expand_the_past(monkeypatch):
     """Its work grows by scores and mixtures over the latents alone: 2 products of H · r for each token of the past."""
+    monkeypatch.setattr(native, "library", lambda: None)  # torch counts its own products only
     layer, steps = MLALayer(64, 4, 80, kv_dim=24), []
     for past in (300, 400):
         x, state = torch.randn(1, past + 1, 64), layer.make_state()
