@@ -140,7 +140,7 @@ class Work(LayerWork):
         """Fills a cache (see `_fill`), decodes one token a step in each row with all logits, and drops the cache.
 
         Args:
-            warmup: steps before, not counted: the first touches cold memory, packs weights, makes the cache grow.
+            warmup: steps before, not counted: the first touches cold memory, loads kernels, makes the cache grow.
             steps: at most so many, and so many of the warm-up.
             seconds: each of the two ends after this time, but not before its first step.
 
@@ -166,7 +166,7 @@ class Work(LayerWork):
         self.infer(dtype)
         short = min(chunk, context - steps)
         self._fill(1, short, short, short + 1)
-        self._read(1, 1)  # the two allocate what stays: packed weights, work space, the pages of code that is used
+        self._read(1, 1)  # the two allocate what stays: work space, the pages of code that is used
         self.cache = None
         trim_heap()
         resident = resident_bytes(self.device)
@@ -198,7 +198,7 @@ class Work(LayerWork):
             resident_bytes before there is a state.
         """
         self.infer(dtype)
-        # One stream is read and dropped: what it allocates and stays, such as packed weights, is no state.
+        # One stream is read and dropped: what it allocates and stays, such as work space, is no state.
         warm = Stream(self.model, np.load(ids), chunk)
         warm.read(chunk)
         warm.fill()

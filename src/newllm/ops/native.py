@@ -51,7 +51,9 @@ def library() -> ctypes.CDLL | None:
     try:
         return load(build(SOURCE, cache_folder() / "kernels"))
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+        # Of a compiler that failed its own words; of one that took too long there may be bytes.
+        said = getattr(error, "stderr", None)
+        reason = said if isinstance(said, str) and said else str(error)
         logger.warning("decoding takes torch's own operators, which are slower: %s", " ".join(reason.split())[:300])
         return None
 
@@ -122,7 +124,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (…, K) times weight (N, K) transposed, plus bias (N,): (…, N). All `usable`; the weight without gaps."""
     (N, K), kernels = weight.shape, library()
     assert kernels is not None
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], N)
     kernels.newllm_linear(
         x.dtype == torch.bfloat16,
