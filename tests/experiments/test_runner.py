@@ -156,23 +156,86 @@ def test_speed_and_memory_are_the_same_for_all_seeds_and_kept(text, finished, mo
     assert [row["decode_ms_per_token"] for row in read_results(finished)["rows"]] == [0, 1, 0, 1]
 
 
-def test_speeds_of_recurrent_models_that_were_measured_step_by_step_are_not_kept(text, tmp_path, monkeypatch):
-    calls = []
+OWN = """
+from newllm.models.layers import register_layer
+from newllm.models.layers.pythia import PythiaLayer
 
-    def measure_all(folders, settings):
-        calls.append(len(folders))
-        return [{"efficiency_error": None}] * len(folders)
+@register_layer("own")
+class Own(PythiaLayer):
+    pass
+"""
 
-    monkeypatch.setattr(runner, "measure_all", measure_all)
-    for models in (["pythia"], ["pythia", "continuous_fuse"]):
-        settings = tiny(text, tmp_path / "out", models=models, max_tokens=128, evaluations=1, efficiency=True)
-        runner.compare(settings)
-        path = tmp_path / "out" / "efficiency.json"
-        known = json.loads(path.read_text())
-        older = {"runs", "settings", "machine"}
-        path.write_text(json.dumps(known | {"key": {name: known["key"][name] for name in older}}))
-        runner.compare(settings)
-    assert calls == [1, 2, 2], "without such a model what was measured stays valid"
+
+def test_runs_of_an_earlier_comparison_are_taken_over(text, finished, tmp_path, monkeypatch, capsys):
+    """Elsewhere, with one model more and a plugin: only what no results.json holds is trained."""
+    plugin = tmp_path / "own.py"
+    plugin.write_text(OWN)
+    trained = []
+    train = run.train
+    monkeypatch.setattr(run, "train", lambda one, *rest: trained.append((one.model, one.seed)) or train(one, *rest))
+    settings = tiny(text, tmp_path / "out", models=["pythia", "mqa", "own"], seeds=[0, 1], plugin=str(plugin))
+    settings.reuse = [str(finished), str(finished / "results.json")]
+    report = runner.compare(settings)
+    assert trained == [("own", 0), ("own", 1)]
+    results, before = read_results(tmp_path / "out"), read_results(finished)
+    losses = {(row["model"], row["seed"]): row["test_loss"] for row in before["rows"]}
+    for row in results["rows"]:
+        if row["model"] == "own":
+            assert row.get("reused") is None
+            assert row["test_loss"] == losses["pythia", row["seed"]], "the same layer by another name"
+        else:
+            assert row["test_loss"] == losses[row["model"], row["seed"]]
+            assert row["reused"]["created"] == before["created"]
+    assert "4 of 6 runs: 4 from out (" in report.read_text()
+    assert f"{finished / 'results.json'}: none of its runs" in capsys.readouterr().out, "the first had them all"
+
+
+@pytest.mark.parametrize("change", [{"max_tokens": 128}, {"seeds": [2]}, {"vocab_size": 301}])
+def test_runs_with_other_settings_are_not_taken_over(text, finished, tmp_path, change):
+    settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(finished)], **change)
+    assert [row.get("reused") for row in read_results(runner.compare(settings).parent)["rows"]] == [None]
+
+
+def test_runs_on_another_text_are_not_taken_over(text, finished, tmp_path):
+    """The settings are the same: the file of that name holds something else."""
+    results = json.loads((finished / "results.json").read_text())
+    results["data"]["splits"]["train"]["bytes"] += 1
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(tmp_path)])
+    assert [row.get("reused") for row in read_results(runner.compare(settings).parent)["rows"]] == [None]
+
+
+def test_a_file_that_is_no_comparison_is_refused_before_anything_trains(text, tmp_path):
+    (tmp_path / "half.json").write_text('{"rows": [')
+    for path, complaint in ((tmp_path / "half.json", "not valid JSON"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(UserError, match=complaint):
+            runner.compare(tiny(text, tmp_path / "out", reuse=[str(path)]))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_speed_of_a_run_taken_over_is_measured_here(text, finished, tmp_path):
+    settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(finished)], efficiency=True)
+    settings.efficiency_seconds = 0.1
+    (row,) = read_results(runner.compare(settings).parent)["rows"]
+    assert row["reused"]
+    assert row["cache_bytes_per_token"] == 2 * 2 * 1 * 16 * 2 or row["cache_bytes_per_token"] == 2 * 2 * 1 * 16 * 4
+    assert row["decode_ms_per_token"] > 0
+
+
+@pytest.mark.parametrize("flags", [
+    "--config caches",
+    "--config recall --seeds 4 5",
+    "--config two_pass --models discrete_extra --epochs 1.125",
+    "--scale small --models pythia mqa",
+    "--scale quickstart --models mla --lr 0.002 --efficiency false",
+])  # fmt: skip
+def test_the_command_in_the_report_is_short_and_means_the_same(flags):
+    parser = Parser("compare", "", "", "")
+    parser.add_settings(ExperimentSettings)
+    settings = resolve(parser.settings(parser.parse(flags.split())))
+    said = runner.command(settings)
+    assert resolve(parser.settings(parser.parse(shlex.split(said)[2:]))) == settings
+    assert len(said) <= len(f"newllm compare {flags}")
 
 
 PLUGIN = """

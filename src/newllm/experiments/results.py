@@ -51,7 +51,7 @@ NULLABLE_ROW_FIELDS = {
     **dict.fromkeys(("cache_bytes_per_token", "cache_bytes_allocated_per_token", "state_bytes"), NUMBER),
     **dict.fromkeys(("train_tokens_per_second", "peak_memory_bytes", "prefill_ms", "decode_ms_per_token"), NUMBER),
     **dict.fromkeys(("recall", "recall_across_segments", "reversal", "recurrence", "selective"), RECORD),
-    **dict.fromkeys(("memories", "reconstruction", "projection", "ppl_band"), RECORD),
+    **dict.fromkeys(("memories", "reconstruction", "projection", "ppl_band", "reused"), RECORD),
     **dict.fromkeys(("ppl_by_position", "curve"), LIST),
 }
 ITEM_FIELDS = {

@@ -11,25 +11,35 @@ import json
 import re
 import shlex
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 
 from newllm.data import prepare
 from newllm.data.recall import RecallDataset
 from newllm.data.reversal import ReversalTask
+from newllm.evaluation.efficiency import KEYS as EFFICIENCY
 from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
-from newllm.experiments.results import print_table, write_results
+from newllm.experiments.results import Results, print_table, read_results, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.models import check_model_spec, load_plugin
-from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
-from newllm.training import check_loggers, check_suitability, machine_info, resolve_device, set_threads
+from newllm.settings import CONFIGS_FOLDER, ExperimentSettings, RunSettings, UserError, resolve
+from newllm.training import (
+    check_loggers,
+    check_suitability,
+    machine_info,
+    new_model,
+    resolve_device,
+    set_threads,
+)
 from newllm.training.checkpoints import (
     ERROR_FILE,
     claim_run_folder,
@@ -64,6 +74,7 @@ def compare(settings: ExperimentSettings) -> Path:
     out = resolve_out(settings)
     make_folder(out)
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    earlier = [(path, read_results(Path(path))) for path in settings.reuse]
     with lock(out), Display(console, len(settings.runs())) as display:
         data = prepare(settings, display.say)
         if settings.recall_share:  # what cannot be measured is told before anything trains
@@ -71,7 +82,7 @@ def compare(settings: ExperimentSettings) -> Path:
         if settings.reversal_share:
             ReversalTask(data)
         comparison = Comparison(settings, out, data, display, jobs)
-        tasks = comparison.keep_finished()
+        tasks = comparison.reuse(earlier, comparison.keep_finished())
         if jobs == 1:
             for task, outcome in finish_here(tasks, data, display):
                 comparison.add(task, outcome)
@@ -151,6 +162,28 @@ class Comparison:
                 tasks.append(Task(index, run, folder))
         return tasks
 
+    def reuse(self, earlier: list[tuple[str, Results]], tasks: list[Task]) -> list[Task]:
+        """Takes rows of the same settings and text from earlier comparisons; returns the runs that are in none of them.
+
+        Such a row says under "reused" where it comes from: time and machine are those of that comparison.
+        """
+        for path, results in earlier:
+            origin = {"from": Path(path).name} | {key: results[key] for key in ("created", "version", "machine")}
+            rows = {row.get("hash"): row for row in results["rows"]} if results["data"] == self.data.info else {}
+            found = {task.index: row for task in tasks if (row := _same_run(task.run, rows)) is not None}
+            if not found:
+                self.display.say(f"{path}: none of its runs has the settings and the text of this comparison")
+            for task in tasks:
+                if (row := found.get(task.index)) is not None:
+                    origin = {
+                        "from": Path(path).name,
+                        **{key: results[key] for key in ("created", "version", "machine")},
+                    }
+                    measured = dict.fromkeys(EFFICIENCY)  # what this machine measures is not mixed with another's
+                    self._add_row(task.index, task.run, {"reused": origin} | row | measured, f", from {path}")
+            tasks = [task for task in tasks if task.index not in found]
+        return tasks
+
     def add(self, task: Task, outcome: dict[str, Any] | Exception) -> None:
         """Takes in a run that has ended, and writes results and report anew."""
         if isinstance(outcome, Exception):
@@ -198,15 +231,12 @@ class Comparison:
             "settings": [self.settings.efficiency_seconds, self.settings.decode_context],
             "machine": machine_info(),
         }
-        if not self.settings.step_by_step and any(row.get("recurrence") for row in rows.values()):
-            # Figures of an older version, which measured the training of such models step by step, are not kept.
-            key["training"] = "Lagged Cache Training"
         path = self.out / "efficiency.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         if known.get("key") != key:
-            folders = [run_folder(self.out, self.run_of(row)) for row in rows.values()]
-            measured = dict(zip(rows, measure_all(folders, self.settings), strict=True))
-            known = {"key": key, "measured": measured}
+            with tempfile.TemporaryDirectory() as temporary:
+                folders = [self._model_to_measure(row, Path(temporary)) for row in rows.values()]
+                known = {"key": key, "measured": dict(zip(rows, measure_all(folders, self.settings), strict=True))}
             errors = [
                 figures["efficiency_error"] for figures in known["measured"].values() if figures["efficiency_error"]
             ]
@@ -217,6 +247,15 @@ class Comparison:
         for row in self.rows:
             row |= known["measured"][row["model"]]
         self.write()
+
+    def _model_to_measure(self, row: dict[str, Any], temporary: Path) -> Path:
+        """The folder of the run; of a run that was taken from elsewhere one with the same model, untrained."""
+        run = self.run_of(row)
+        if not row.get("reused"):
+            return run_folder(self.out, run)
+        folder = run_folder(temporary, run)
+        new_model(run, self.data).save_pretrained(folder / "model")
+        return folder
 
     def run_of(self, row: dict[str, Any]) -> RunSettings:
         return next(run for run in self.settings.runs() if (run.model, run.seed) == (row["model"], row["seed"]))
@@ -250,16 +289,31 @@ class Comparison:
                 write_report(self.out)
 
 
+def _same_run(run: RunSettings, rows: dict[str | None, dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of exactly this run. One of our own models is the same whether a plugin with others is loaded or not."""
+    return rows.get(run.hash()) or rows.get(dataclasses.replace(run, plugin=None).hash())
+
+
 def command(settings: ExperimentSettings) -> str:
-    """The command line that repeats the comparison; settings must be resolved. Values of the scale are left out."""
-    defaults = resolve(ExperimentSettings(scale=settings.scale))
-    words = ["newllm", "compare"]
+    """The shortest command line that repeats the comparison, from a scale or a named config; settings are resolved."""
+    settings = dataclasses.replace(settings, reuse=[])  # it saves work and changes no figure
+    lines = [["--scale", settings.scale, *flags_that_differ(settings, ExperimentSettings(scale=settings.scale))]]
+    for path in sorted(CONFIGS_FOLDER.glob("*.yaml")):
+        base = ExperimentSettings(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        lines.append(["--config", path.stem, *flags_that_differ(settings, base)])
+    return shlex.join(["newllm", "compare", *min(lines, key=lambda words: len(" ".join(words)))])
+
+
+def flags_that_differ(settings: ExperimentSettings, base: ExperimentSettings) -> list[str]:
+    """Flags that make `base` the settings; what the settings leave open is not named."""
+    base = resolve(base)
+    words = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name == "scale" or (value != getattr(defaults, field.name) and value is not None):
+        if value != getattr(base, field.name) and value is not None:
             values = value if isinstance(value, list) else [value]
             words += ["--" + field.name.replace("_", "-"), *(flag_value(item) for item in values)]
-    return shlex.join(words)
+    return words
 
 
 def flag_value(value: Any) -> str:

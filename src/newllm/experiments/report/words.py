@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
@@ -255,6 +256,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("Shape", _shape(settings)),
         ("Seeds", f"{count(len(seeds), 'seed')}: {', '.join(map(str, seeds))}" if seeds else ""),
         ("Machine", _machine(machine)),
+        ("Taken over", _taken_over(results["rows"])),
         ("Made", f"{results['created'][:16].replace('T', ' ')} with newllm {results['version']}"),
     ]
     return [(label, text) for label, text in rows if text]
@@ -266,11 +268,10 @@ def short_facts(results: Results) -> list[str]:
     tokens = max((row["tokens"] for row in rows if row.get("tokens")), default=None)
     seeds = len({row["seed"] for row in rows})
     machine = results["machine"]
-    cores = f", {machine['cores']} cores" if machine.get("cores") and not machine.get("gpu") else ""
     return [
         *([f"{tokens:,} training tokens each"] if tokens else []),
         *([count(seeds, "seed")] if seeds else []),
-        *([f"{machine.get('gpu') or machine['cpu']}{cores}"] if machine.get("cpu") else []),
+        *([_processor(machine)] if machine.get("cpu") else []),
         results["created"][:10],
     ]
 
@@ -345,6 +346,23 @@ def _span(counts: list[int]) -> str:
 def _shape(settings: dict[str, Any]) -> str:
     names = {"num_layers": "layers", "hidden_size": "wide", "num_heads": "heads", "intermediate_size": "in the MLP"}
     return ", ".join(f"{settings[key]:,} {name}" for key, name in names.items() if settings.get(key))
+
+
+def _taken_over(rows: list[dict[str, Any]]) -> str:
+    """'9 of 48 runs: 9 from caches.json (2026-11-24, AMD EPYC, 2 cores, newllm 0.1.0)', or nothing."""
+    origins = Counter(
+        f"{origin['from']} ({origin['created'][:10]}, {_processor(origin['machine'])}, newllm {origin['version']})"
+        for row in rows
+        if (origin := row.get("reused"))
+    )
+    named = [f"{amount} from {origin}" for origin, amount in origins.items()]
+    return f"{origins.total()} of {len(rows)} runs: {join(named)}" if named else ""
+
+
+def _processor(machine: dict[str, Any]) -> str:
+    """'AMD EPYC, 2 cores', or the name of the GPU."""
+    cores = f", {machine['cores']} cores" if machine.get("cores") and not machine.get("gpu") else ""
+    return f"{machine.get('gpu') or machine.get('cpu') or 'unknown machine'}{cores}"
 
 
 def _machine(machine: dict[str, Any]) -> str:
