@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 
 .PHONY: demo test test-experiments lint format bench freeze clean
 
-demo: $(VENV)/.installed  ## compare four token mixers on the embedded corpus, about five minutes
+demo: $(VENV)/.installed  ## compare four token mixers on the embedded corpus, about seven minutes with the install
 	$(BIN)/newllm compare --out runs/demo
 
 test: $(VENV)/.installed-test  ## every test

@@ -2,8 +2,8 @@
 
 This module imports neither torch nor transformers, so that `newllm --help` stays quick.
 
-A field whose default is None takes its value from the chosen scale (`scales/NAME.yaml`). The order of precedence is
-flag, then config file, then scale. `resolve` returns a copy in which every such field is filled.
+A field that the chosen scale names (`scales/NAME.yaml`) takes its value from there where it is None. The order of
+precedence is flag, then config file, then scale. `resolve` returns a copy in which every such field is filled.
 """
 
 from __future__ import annotations
