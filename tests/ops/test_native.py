@@ -1,6 +1,7 @@
 """Our own kernels for decoding: the numbers of their twins, whatever the instructions they are compiled to."""
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from newllm.models.linear import Linear
 from newllm.ops import attention, native, reference
-from newllm.ops.linear import FEW_ROWS
+from newllm.ops.linear import FEW_ROWS, linear
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 NATIVE_FLAGS = native.FLAGS
@@ -50,6 +51,40 @@ def test_only_few_plain_rows_without_gradient_take_the_kernel(monkeypatch):
         torch.testing.assert_close(transposed(row), row @ transposed.weight.T + transposed.bias)
     with torch.inference_mode():
         assert takes_it(Linear(64, 32), row)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (2, 96), (1, 128), (3, 7), (64, 1), (64, 0), ()])
+def test_a_wrong_width_is_refused_as_by_torch(shape):
+    """The kernel takes its sizes from the weight: it would read and write past the ends of x and of the result."""
+    x, weight = torch.randn(shape), torch.randn(32, 64)
+    with pytest.raises(RuntimeError) as expected:
+        F.linear(x, weight)
+    with torch.no_grad(), pytest.raises(RuntimeError) as found:
+        linear(x, weight)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_wrong_bias_is_refused_as_by_torch():
+    x, weight = torch.randn(1, 64), torch.randn(32, 64)
+    with torch.no_grad():
+        for size in (31, 33):
+            with pytest.raises(RuntimeError):
+                linear(x, weight, torch.randn(size))
+        torch.testing.assert_close(linear(x, weight, torch.ones(1)), F.linear(x, weight) + 1)
+
+
+def test_what_is_traced_or_transformed_takes_torchs_operators():
+    """A tracer would keep the kernel's first result as a constant; a tensor of vmap has no memory of its own."""
+    layer, rows = Linear(64, 32), torch.randn(3, 1, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about the sizes
+        expected = layer(rows)
+        torch.testing.assert_close(torch.vmap(layer)(rows), expected)
+        traced = torch.jit.trace(layer, torch.zeros(1, 64), check_trace=False)
+        torch.testing.assert_close(traced(rows[0]), expected[0])
+        q, k, v = torch.randn(3, 1, 4, 1, 8), torch.randn(3, 1, 2, 5, 8), torch.randn(3, 1, 2, 5, 8)
+        attended = [attention.causal_attention(*row) for row in zip(q, k, v, strict=True)]
+        torch.testing.assert_close(torch.vmap(attention.causal_attention)(q, k, v), torch.stack(attended))
 
 
 def test_without_a_compiler_torch_does_the_same(monkeypatch, tmp_path, caplog):
@@ -97,6 +132,24 @@ def kernels(request, tmp_path_factory):
 
 def error(found, expected):
     return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_the_kernels_are_never_given_shapes_that_do_not_fit(kernels):
+    row, weight = torch.randn(1, 64), torch.randn(32, 64)
+    with pytest.raises(AssertionError):
+        native.linear(row[:, :32], weight, None)
+    with pytest.raises(AssertionError):
+        native.linear(row, weight, torch.randn(31))
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
+    for wrong in (
+        (q[..., :7], k, v),
+        (q, k[:, :, :4], v),
+        (q, k[:1], v[:1]),
+        (q[:, :3], k, v),
+        (q.expand(2, 4, 2, 8), k, v),
+    ):
+        with pytest.raises(AssertionError):
+            native.attention(*wrong, None, None, 0, 1.0)
 
 
 @given(

@@ -20,7 +20,9 @@ FEW_ROWS = 16
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, D_in) times weight (D_out, D_in) transposed, plus bias (D_out,): (…, D_out)."""
     if (
-        0 < x.numel() <= FEW_ROWS * weight.shape[1]
+        x.shape[-1:] == weight.shape[1:]  # anything else is for torch to refuse: the kernel writes by these sizes
+        and (bias is None or bias.shape == weight.shape[:1])
+        and 0 < x.numel() <= FEW_ROWS * weight.shape[1]
         and not torch.is_autocast_enabled("cpu")
         and weight.is_contiguous()
         and native.usable(x, weight, *(() if bias is None else (bias,)))

@@ -109,13 +109,19 @@ def _processor() -> str:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors, all of one dtype, here and now: plain CPU tensors, no gradient wanted."""
+    """Whether the kernels take these tensors, all of one dtype, here and now.
+
+    They are plain CPU tensors, of which no gradient is wanted; no tracer and no torch.func transform looks on, which
+    would see nothing of what a kernel writes.
+    """
     first = tensors[0]
     return (
         first.dtype in DTYPES
         and all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype == first.dtype for x in tensors)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
         and library() is not None
     )
 
@@ -124,6 +130,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (…, K) times weight (N, K) transposed, plus bias (N,): (…, N). All `usable`; the weight without gaps."""
     (N, K), kernels = weight.shape, library()
     assert kernels is not None
+    assert x.shape[-1] == K, (x.shape, weight.shape)
+    assert bias is None or bias.shape == (N,), (bias.shape, N)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], N)
     kernels.newllm_linear(
@@ -159,7 +167,9 @@ def attention(
     """
     kernels = library()
     assert kernels is not None
-    (B, H, _, d), (_, Hk, S, dv) = q.shape, v.shape
+    (B, H, T, d), (_, Hk, S, dv) = q.shape, v.shape
+    assert T == 1, q.shape
+    assert (k.shape, v.shape, H % Hk) == ((B, Hk, S, d), (B, Hk, S, dv), 0), (q.shape, k.shape, v.shape)
     q = q.contiguous()
     out = q.new_empty(B, H, 1, dv)
     slopes, distances = (None if x is None else x.contiguous() for x in (slopes, distances))
