@@ -203,6 +203,65 @@ def test_only_what_grows_is_quantised():
     }
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", TYPES)
+def test_a_cache_begun_in_inference_mode_is_read_on_outside(name, precision):
+    model, ids = create_model(name, **CHECK_SHAPE).double().eval(), torch.randint(61, (2, 9))
+    caches = [model.make_cache(precision) for _ in range(2)]
+    for cache, mode in zip(caches, (torch.inference_mode, torch.no_grad), strict=True):
+        with mode():
+            model(ids[:, :5], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            model(ids[:, 5:6], past_key_values=cache)
+        with torch.no_grad():
+            last = [model(x, past_key_values=cache).logits for x in ids[:, 6:].split(1, dim=1)]
+        with torch.inference_mode():
+            last.append(model(ids[:, :1], past_key_values=cache).logits)
+        cache.found = torch.cat(last, dim=1)
+    torch.testing.assert_close(caches[0].found, caches[1].found, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_static_cache_is_refused_in_one_line(name):
+    model, ids = create_model(name, **CHECK_SHAPE).eval(), torch.randint(61, (2, 5))
+    with pytest.raises(UserError, match=r"^a static cache cannot hold this model's states: leave .* out$"):
+        model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static")
+
+
+@pytest.mark.parametrize(
+    ("shape", "seen", "said"),
+    [
+        ((2, 1, 7, 7), 0, "attention_mask is 2 × 1 × 7 × 7: it must be rows × tokens, here 2 × 7, 1 for real tokens"),
+        ((2, 6), 0, "attention_mask is 2 × 6: it must be rows × tokens, here 2 × 7, 1 for real tokens"),
+        ((1, 7), 0, "attention_mask is 1 × 7: it must be rows × tokens, here 2 × 7, 1 for real tokens"),
+        ((2, 4), 3, "attention_mask is 2 × 4: .* here 2 × 7 or 2 × 10, 1 for real tokens"),
+        ((), 0, "attention_mask is a single number: .*"),
+    ],
+)
+@pytest.mark.parametrize("name", ["pythia", "infini"])
+def test_a_mask_of_another_shape_is_refused_in_one_line(name, shape, seen, said):
+    model, cache = create_model(name, **CHECK_SHAPE).eval(), None
+    if seen:
+        cache = model(torch.randint(61, (2, seen)), use_cache=True).past_key_values
+    with pytest.raises(UserError, match=f"^{said}$"):
+        model(torch.randint(61, (2, 7)), attention_mask=torch.ones(shape), past_key_values=cache)
+
+
+def test_rows_that_are_one_in_memory_are_counted_once():
+    model = create_model("infini_all", **CHECK_SHAPE, segment_length=4).eval()
+    one, three = model.make_cache(), model.make_cache()
+    with torch.no_grad():
+        model(torch.randint(61, (1, 9)), update_memory=True)
+        for cache, rows in ((one, 1), (three, 3)):
+            for state, read in zip(cache.layers, model.make_cache().layers, strict=True):
+                state.set_memory(read.memory())
+            model(torch.randint(61, (rows, 1)), past_key_values=cache)
+    memory = sum(t.nbytes for state in one.layers for t in state.memory().values())
+    assert cache_bytes(one).used == cache_bytes(one).allocated == sum(model.state_bytes(1, 4))
+    assert cache_bytes(three).used == 3 * (cache_bytes(one).used - memory) + memory
+    assert cache_bytes(three).allocated == cache_bytes(three).used
+
+
 @pytest.mark.parametrize("precision", QUANTISED)
 @pytest.mark.parametrize(
     ("name", "options"), [(name, options) for name in TYPES for options in ({}, LAYER_TYPES[name].variants[0])]

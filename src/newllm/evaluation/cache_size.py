@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ class CacheBytes(NamedTuple):
     """Bytes of a cache, all rows and layers together."""
 
     used: int
-    """Bytes of the numbers that hold state."""
+    """Bytes of the numbers that hold state; rows that are one in memory, as those which read one memory, count once."""
     allocated: int
     """Bytes of the storages behind them, spare room for growth included."""
 
@@ -27,11 +28,17 @@ def cache_bytes(cache: Any) -> CacheBytes:
     for layer in cache.layers:
         reachable = list(_tensors(vars(layer)))
         holding = layer.tensors().values() if hasattr(layer, "tensors") else reachable
-        used += sum(tensor.nbytes for tensor in holding)
+        used += sum(_own_bytes(tensor) for tensor in holding)
         for tensor in (*reachable, *holding):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return CacheBytes(used, sum(storages.values()))
+
+
+def _own_bytes(tensor: Tensor) -> int:
+    """Of its numbers, those that `expand` repeats counted once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
+    return math.prod(sizes) * tensor.element_size()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

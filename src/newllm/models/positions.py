@@ -52,16 +52,22 @@ class RotaryPosition(NoPosition):
         return torch.cat([turned.to(heads.dtype), rest], dim=-1)
 
     def _table(self, positions: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, cos) and (−sin, sin), each (B, 1, T, rotary_dim); kept on the positions, as all layers share them."""
+        """`_make_table`, kept on the positions, as all layers share them."""
+        if torch.compiler.is_compiling():  # a compiler cannot follow this, and finds by itself what is made twice
+            return self._make_table(positions, rotary_dim, dtype)
         tables = positions.__dict__.setdefault("_rope_tables", {})
         version = 0 if positions.is_inference() else positions._version  # a change in place makes the table stale
         key = (rotary_dim, self.base, dtype, version)
         if key not in tables:
-            steps = torch.arange(0, rotary_dim, 2, dtype=dtype, device=positions.device)
-            angles = positions[:, None, :, None].to(dtype) * (1.0 / self.base ** (steps / rotary_dim))
-            cos, sin = angles.cos(), angles.sin()
-            tables[key] = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+            tables[key] = self._make_table(positions, rotary_dim, dtype)
         return tables[key]
+
+    def _make_table(self, positions: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, cos) and (−sin, sin) of positions (B, T), each (B, 1, T, rotary_dim)."""
+        steps = torch.arange(0, rotary_dim, 2, dtype=dtype, device=positions.device)
+        angles = positions[:, None, :, None].to(dtype) * (1.0 / self.base ** (steps / rotary_dim))
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 @dataclass(frozen=True)

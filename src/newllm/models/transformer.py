@@ -18,6 +18,7 @@ from newllm.models.linear import Linear
 from newllm.models.memory import HoldsMemory
 from newllm.models.reconstruction import Reconstruction
 from newllm.ops.loss import linear_cross_entropy
+from newllm.settings import UserError
 
 
 class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
@@ -127,9 +128,16 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
     def _places(
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Positions (B, T) and mask (B, S) or None of a chunk x (B, T, …), as the layers take them."""
+        """Positions (B, T) and mask (B, S) or None of a chunk x (B, T, …), as the layers take them.
+
+        Raises UserError for an attention mask of another shape than `forward` says.
+        """
         B, T = x.shape[:2]
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None and attention_mask.shape not in ((B, T), (B, seen + T)):
+            valid = " or ".join(f"{B} × {tokens}" for tokens in dict.fromkeys((T, seen + T)))
+            given = " × ".join(map(str, attention_mask.shape)) or "a single number"
+            raise UserError(f"attention_mask is {given}: it must be rows × tokens, here {valid}, 1 for real tokens")
         mask = None if attention_mask is None else attention_mask.bool()
         if mask is not None and mask.shape[1] == T and seen:
             mask = torch.cat([mask.new_ones(B, seen), mask], dim=1)
@@ -178,7 +186,8 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: for a gradient outside training, if the configuration quantises the caches.
-            UserError: update_memory in training, with past_key_values, or without a layer that has a memory.
+            UserError: update_memory in training, with past_key_values, or without a layer that has a memory; an
+                attention_mask of another shape; a cache of a fixed size.
         """
         if update_memory:
             self._check_can_update(cached=past_key_values is not None)

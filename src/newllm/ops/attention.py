@@ -10,7 +10,8 @@ from torch import Tensor
 
 from newllm.ops import native
 
-# Queries of one block of the parallel form. Bounds the additive mask to (H, BLOCK, S) and skips keys no query can see.
+# Queries of one block of the parallel form: skips keys that no query of it can see, and bounds the additive mask to
+# BLOCK · S numbers, for every head where slopes are geometric, and for every row where there is padding.
 BLOCK = 512
 # Up to this many queries, two matrix products: scaled_dot_product_attention is slow for few queries on a CPU.
 DIRECT_QUERIES = 8

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 
 from newllm.models.cache.state import LayerState, check_precision
+from newllm.settings import UserError
 
 
 class LMCache(Cache):
@@ -54,8 +55,10 @@ class LMCache(Cache):
 def adopt(cache: Cache, make_cache: Callable[[], LMCache]) -> Cache:
     """Gives an empty cache, such as the DynamicCache that `generate` makes, the states this model needs.
 
-    Raises ValueError for a cache that another kind of model has already filled.
+    Raises ValueError for a cache of a fixed size, or one that another kind of model has already filled.
     """
+    if isinstance(cache, StaticCache):
+        raise UserError("a static cache cannot hold this model's states: leave cache_implementation out")
     if all(isinstance(state, LayerState) for state in cache.layers) and cache.layers:
         return cache
     if any(getattr(layer, "is_initialized", False) for layer in cache.layers):

@@ -124,11 +124,16 @@ class TokenState(LayerState):
         self.start, self.stop = 0, self._capacity
 
     def _make_room(self, new: dict[str, Tensor]) -> None:
-        """Room for the new tokens. Zeros, since attention multiplies what is not yet written by 0."""
+        """Room for the new tokens. Zeros, since attention multiplies what is not yet written by 0.
+
+        What was allocated in inference mode cannot be written to outside it, and moves.
+        """
         used, T = self.stop - self.start, next(iter(new.values())).shape[2]
         if not self.buffers:
             self.buffers = {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in new.items()}
-        elif self.stop + T > self._capacity:
+        elif self.stop + T > self._capacity or (
+            not torch.is_inference_mode_enabled() and any(x.is_inference() for x in self.buffers.values())
+        ):
             kept = used + T if self.window is None else max(self.window - 1, T)
             capacity = max(used + T, with_spare_room(kept))
             for name, old in self._views().items():
