@@ -14,6 +14,7 @@ import inspect
 import itertools
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -36,6 +37,10 @@ METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 IN_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
+class ConfigPrinted(Exception):
+    """A command has done what --print_config asks for, and is not to begin."""
+
+
 class Parser(jsonargparse.ArgumentParser):
     """The parser of one command: settings as flags, an optional config file, one-line errors."""
 
@@ -47,11 +52,13 @@ class Parser(jsonargparse.ArgumentParser):
         usage: str = "[--FLAG VALUE …]",
         configs: Path = CONFIGS_FOLDER,
     ) -> None:
+        # A command with configs of its own is not about the language models that the presets name.
+        presets = f"presets: {', '.join(preset_files())}\n\n" if configs == CONFIGS_FOLDER else ""
         super().__init__(
             prog=f"newllm {command}",
             usage=f"newllm {command} {usage}",
             description=about,
-            epilog=f"presets: {', '.join(preset_files())}\n\nexamples:\n{examples}",
+            epilog=f"{presets}examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             exit_on_error=False,
             print_config=None,
@@ -113,11 +120,23 @@ class Parser(jsonargparse.ArgumentParser):
             namespace = self.parse_args(argv)
         return namespace
 
-    def settings(self, namespace: jsonargparse.Namespace, base: Any = None) -> Any:
-        """The settings object of a parsed command line; fields without a flag are taken from `base`."""
+    def settings(
+        self, namespace: jsonargparse.Namespace, base: Any = None, complete: Callable[[Any], Any] | None = None
+    ) -> Any:
+        """The settings object of a parsed command line; fields without a flag are taken from `base`.
+
+        `complete` fills in what the command line leaves open. With --print_config the result is printed, and the
+        command ends here: ConfigPrinted.
+        """
         assert self.settings_class is not None
         given = {} if base is None else {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-        return self.settings_class(**(given | {name: namespace[name] for name in self.names}))
+        settings = self.settings_class(**(given | {name: namespace[name] for name in self.names}))
+        if complete is not None:
+            settings = complete(settings)
+        if namespace.print_config:
+            print_config(settings)
+            raise ConfigPrinted
+        return settings
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise self._user_error(message) from None

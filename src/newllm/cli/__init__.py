@@ -1,0 +1,82 @@
+"""The command line: one function for each command. torch is imported only by the command that needs it.
+
+Exit codes: 0 done, 1 a check failed or something unforeseen, 2 wrong input (one line: what, and what would be valid),
+130 interrupted (state saved).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+from newllm import __version__
+from newllm.cli.registry import COMMANDS
+from newllm.settings import UserError, nearest
+
+for _module in ("models", "memory", "data", "bench", "vintix"):  # in the order of `newllm --help`
+    import_module(f"{__name__}.{_module}")
+
+OVERVIEW = """\
+newllm compares language models that remember differently: same text, same budget, one report.
+
+usage: newllm COMMAND [--help] …
+
+{commands}
+
+examples:
+  newllm compare                                  four models on Shakespeare's plays, about five minutes, one report
+  newllm compare --models pythia gqa --data my.txt --max-tokens 2000000
+  newllm compare --plugin my_layer.py --models pythia my_layer
+  newllm train --model gqa --out runs/gqa && newllm generate runs/gqa --prompt "To be"
+
+Every command explains itself: newllm compare --help
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    # Libraries report every file they load; what matters is said by the commands themselves.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        print(f"newllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resumable = argv[0] in ("compare", "train") or argv[:2] == ["vintix", "train"]
+        continues = "; the same command continues where it was" if resumable else ""
+        print(f"\nnewllm: interrupted{continues}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `newllm generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    first = argv[0] if argv else "--help"
+    if first in ("-h", "--help"):
+        print(OVERVIEW.format(commands=_command_list("")), end="")
+        return 0
+    if first == "--version":
+        print(f"newllm {__version__}")
+        return 0
+    if first in COMMANDS:
+        return COMMANDS[first](argv[1:])
+    group = {name.split()[1]: name for name in COMMANDS if name.startswith(f"{first} ")}
+    if not group:
+        names = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+        raise nearest(first, ["--help", "--version"] if first.startswith("-") else names, "command")
+    second = argv[1] if len(argv) > 1 else "--help"
+    if second in ("-h", "--help"):
+        print(f"usage: newllm {first} COMMAND [--help] …\n\n{_command_list(first + ' ')}")
+        return 0
+    if second not in group:
+        raise nearest(second, list(group), f"{first} command")
+    return COMMANDS[group[second]](argv[2:])
+
+
+def _command_list(prefix: str) -> str:
+    return "\n".join(f"  {name:15} {command.about}" for name, command in COMMANDS.items() if name.startswith(prefix))

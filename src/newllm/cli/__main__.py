@@ -1,0 +1,7 @@
+"""`python -m newllm.cli`: the same as `newllm`."""
+
+import sys
+
+from newllm.cli import main
+
+sys.exit(main())
