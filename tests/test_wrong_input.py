@@ -63,6 +63,10 @@ class Place:
     def compare(self, *flags: str) -> list[str]:
         return ["compare", "--data", self.texts(), *as_flags(**SHAPE, **TEXT, **SHORT), "--models", "mqa", *flags]
 
+    def plugin(self, code: str) -> list[str]:
+        imports = "from newllm.models import register_preset; from newllm.models.layers import Layer, register_layer\n"
+        return ["check", "--plugin", self.file("a.py", imports + code)]
+
     def model(self, config: dict, weights: bytes) -> str:
         self.file("model/config.json", json.dumps(config))
         self.file("model/model.safetensors", weights)
@@ -121,7 +125,18 @@ CASES = {
     "negative patience": ([*COMPARE, "--patience", "-1"], "--patience is -1: it must be at least 0"),
     "beta of 1": ([*COMPARE, "--adam-beta1", "1"], "--adam-beta1 is 1.0: it must lie in [0, 1)"),
     "negative beta": ([*COMPARE, "--adam-beta2", "-0.1"], "--adam-beta2 is -0.1: it must lie in [0, 1)"),
-    "learning rate not a number": (lambda p: p.config("lr: .nan"), "--lr is nan: it must be greater than 0"),
+    "learning rate not a number": (lambda p: p.config("lr: .nan"), "my.yaml: lr is nan: it must be a finite number"),
+    "learning rate infinite": ([*COMPARE, "--lr", ".inf"], "--lr is inf: it must be a finite number"),
+    "negative weight decay": ([*COMPARE, "--weight-decay", "-1"], "--weight-decay is -1.0: it must be at least 0"),
+    "negative clipping": ([*COMPARE, "--max-grad-norm", "-1"], "--max-grad-norm is -1.0: it must be at least 0"),
+    "negative minutes": ([*COMPARE, "--checkpoint-minutes", "-1"], "--checkpoint-minutes is -1.0: it must be at"),
+    "negative memory": ([*COMPARE, "--lagged-memory", "-1"], "--lagged-memory is -1.0: it must be at least 0"),
+    "no seconds": ([*COMPARE, "--efficiency-seconds", "0"], "--efficiency-seconds is 0.0: it must be greater than 0"),
+    "negative seed": (lambda p: p.train("--seed", "-1"), "--seed is -1: a seed is a whole number from 0 to 4294967295"),
+    "seed beyond 32 bits": ([*COMPARE, "--seeds", "0", "4294967296"], "--seeds is [0, 4294967296]: a seed is"),
+    "number beyond 64 bits": ([*COMPARE, "--max-documents", "9" * 20], f"--max-documents is {'9' * 20}: it must lie"),
+    "task count beyond 64 bits": (["vintix", "collect", "--train-tasks", "9" * 20], "it must lie within 64 bits"),
+    "text that is no UTF-8": ([*COMPARE, "--name", "caf\udce9"], "--name is 'caf\\udce9': it must be UTF-8 text"),
     "share beyond 1": ([*COMPARE, "--warmup-ratio", "1.5"], "--warmup-ratio is 1.5: it must lie in [0, 1)"),
     "hidden size not divisible": ([*COMPARE, "--hidden-size", "250"], "--hidden-size 250 does not divide"),
     "unknown scale": ([*COMPARE, "--scale", "smal"], "unknown scale 'smal': did you mean 'small'?"),
@@ -142,6 +157,23 @@ CASES = {
     "key/value heads below 0": (lambda p: p.train("--model", "gqa:num_kv_heads=-2"), "num_kv_heads is -2: it must be"),
     "fractional window": (lambda p: p.train("--model", "gqa:window=2.5"), "window is 2.5: it must be a whole number"),
     "window of no tokens": (lambda p: p.train("--model", "gqa:window=0"), "window is 0: it must be a whole number"),
+    "rotary heads of one number": (
+        lambda p: p.train("--num-heads", "16"),
+        "position 'rope' turns pairs of numbers, and a head has 1",
+    ),
+    "rotary heads of one number in segments": (
+        lambda p: p.train("--num-heads", "16", "--model", "infini_all:position=rope"),
+        "and a head has 1: choose fewer heads, or position=alibi",
+    ),
+    "text for a number of the model": (
+        lambda p: p.train("--model", "pythia:initializer_range=abc"),
+        "initializer_range is 'abc': it must be a number",
+    ),
+    "negative range": (
+        lambda p: p.train("--model", "pythia:initializer_range=-1"),
+        "initializer_range is -1: it must be at least 0",
+    ),
+    "1,000 brackets in an option": (lambda p: p.train("--model", f"gqa:window={'[' * 1000}"), "the value of window"),
     "position given twice": (
         lambda p: p.train("--model", "gqa:position=none,position.type=alibi"),
         "for example gqa:position.type=alibi",
@@ -159,6 +191,14 @@ CASES = {
     "YAML without keys": (lambda p: p.config("just a sentence"), "a YAML mapping of settings is needed"),
     "wrong type in YAML": (lambda p: p.config("max_tokens: many"), "max_tokens is 'many': it must be a whole number"),
     "no list in YAML": (lambda p: p.config("models: pythia"), "models is 'pythia': it must be a list"),
+    "key without a value": (lambda p: p.config("warmup_ratio:"), "my.yaml: warmup_ratio has no value"),
+    "list without a value": (lambda p: p.config("models:"), "my.yaml: models has no value: give it one, or leave"),
+    "choice without a value": (lambda p: p.config("precision: null"), "my.yaml: precision has no value"),
+    "no such choice in YAML": (lambda p: p.config("precision: bf17"), "my.yaml: unknown precision 'bf17': did you"),
+    "no such day": (lambda p: p.config("seeds: [0]\nname: 2024-02-30"), "my.yaml, line 2: not valid YAML: day is out"),
+    "no whole number": (lambda p: p.config("max_tokens: !!int foo"), "my.yaml, line 1: not valid YAML: invalid"),
+    "5,000 digits": (lambda p: p.config(f"max_tokens: {'9' * 5000}"), "my.yaml, line 1: not valid YAML: Exceeds"),
+    "1,000 brackets": (lambda p: p.config(f"models: {'[' * 1000}"), "my.yaml: not valid YAML: nested too deeply"),
     "config not UTF-8": (lambda p: p.config(b"name: \xff\xfe"), "not UTF-8 text"),
     # data
     "no such file": (["data", "prepare", "--data", "nothing.txt"], "nothing.txt: no such file or folder"),
@@ -169,6 +209,9 @@ CASES = {
     ),
     "unknown kind of file": (lambda p: p.data("letter.docx", "x"), "cannot read this kind of file; supported: .txt"),
     "bad line": (lambda p: p.data("a.jsonl", '{"text": "a"}\n{"text": \n'), "a.jsonl, line 2: not valid JSON"),
+    "5,000 digits in JSON": (lambda p: p.data("a.jsonl", f'{{"n": {"9" * 5000}}}'), "a.jsonl, line 1: not readable as"),
+    "deep JSON": (lambda p: p.data("a.jsonl", "[" * 100_000), "a.jsonl, line 1: not readable as JSON: maximum"),
+    "no such user": (["data", "prepare", "--data", "~nobody-here/a.txt"], "~nobody-here/a.txt: no such file or folder"),
     "no text field": (lambda p: p.data("a.jsonl", '{"body": "a"}\n'), "no field 'text'; fields: body"),
     "text not UTF-8": (lambda p: p.data("a.txt", b"caf\xe9 " * 999), "not UTF-8 text (byte 3)"),
     "truncated zst": (lambda p: p.data("a.jsonl.zst", p.zst()), "truncated zstd file"),
@@ -189,6 +232,7 @@ CASES = {
         "this folder holds no tokenizer",
     ),
     "vocabulary too small": (lambda p: ["data", "prepare", "--vocab-size", "100"], "--vocab-size is 100"),
+    "vocabulary too large": (["data", "prepare", "--vocab-size", "9999999"], "--vocab-size is 9999999: it must be at"),
     "cache is a file": (
         lambda p: ["data", "prepare", "--data", p.texts(), *as_flags(**TEXT), "--cache-dir", p.file("cache", "")],
         "choose another folder with --cache-dir",
@@ -203,6 +247,30 @@ CASES = {
     "plugin that fails": (
         lambda p: p.train("--plugin", p.file("a.py", "x = 1 / 0")),
         "a.py, line 1: ZeroDivisionError",
+    ),
+    "plugin that asserts": (
+        lambda p: ["check", "--plugin", p.file("a.py", "x = 1\nassert False")],
+        "a.py, line 2: AssertionError",
+    ),
+    "plugin that exits": (
+        lambda p: ["check", "--plugin", p.file("a.py", "raise SystemExit(0)")],
+        "a.py, line 1: SystemExit: 0",
+    ),
+    "plugin with a class that is no layer": (
+        lambda p: p.plugin("@register_layer('b')\nclass B: pass"),
+        "a.py, line 2: @register_layer('b') needs a subclass of Layer, which B is not",
+    ),
+    "plugin with the name of a preset": (
+        lambda p: p.plugin("@register_layer('gqa')\nclass B(Layer): pass"),
+        "a.py, line 2: layer type 'gqa': a preset has that name already",
+    ),
+    "plugin with the name of a preset of ours": (
+        lambda p: p.plugin("register_preset('mqa', [{'type': 'pythia'}])"),
+        "a.py, line 2: preset 'mqa': a layer type or preset has that name already",
+    ),
+    "plugin with a preset of a layer's name": (
+        lambda p: p.plugin("register_preset('infini', [{'type': 'pythia'}])"),
+        "preset 'infini': a layer type or preset has that name already",
     ),
     # saved models and results
     "no model folder": (["generate", "runs/none", "--prompt", "a"], "runs/none: no such folder"),
@@ -253,6 +321,11 @@ CASES = {
     "empty prompt": (["generate", "gqa", "--prompt", ""], "the prompt is empty"),
     "prompt not UTF-8": (["generate", "gqa"], "standard input is not UTF-8"),
     "negative temperature": (["generate", "gqa", "--prompt", "a", "--temperature", "-1"], "--temperature is -1.0"),
+    "temperature near 0": (["generate", "gqa", "--prompt", "a", "--temperature", "1e-40"], "at least 1e-06, or 0 for"),
+    "no threads": (["generate", "gqa", "--prompt", "a", "--threads", "0"], "--threads is 0: it must be greater than 0"),
+    "threads to show a memory": (["memory", "show", "x", "--model", "y", "--threads", "-1"], "--threads is -1"),
+    "seed of a text": (["generate", "gqa", "--prompt", "a", "--seed", "-1"], "--seed is -1: a seed is a whole number"),
+    "prompt no UTF-8": (["generate", "gqa", "--prompt", "a\udce9"], "--prompt is 'a\\udce9': it must be UTF-8 text"),
     "top-p of 0": (["generate", "gqa", "--prompt", "a", "--top-p", "0"], "--top-p is 0.0"),
     "no tokens to generate": (["generate", "gqa", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
 }

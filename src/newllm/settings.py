@@ -8,6 +8,7 @@ precedence is flag, then config file, then scale. `resolve` returns a copy in wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -22,6 +23,8 @@ import yaml
 SCALES_FOLDER = Path(__file__).parent / "scales"
 CONFIGS_FOLDER = Path(__file__).parent / "experiments" / "configs"
 
+CORPORA = ("shakespeare", "pile")
+HUB = "hf:"  # begins the name of a Hugging Face data set in `--data`
 PILE_TOKENIZER = "EleutherAI/pythia-70m"
 Precision = Literal["auto", "bf16", "float32"]
 
@@ -208,6 +211,9 @@ class ProjectionSettings:
     """The phase ends when this share of the tokens has converged."""
 
 
+BUDGET = ("max_tokens", "samples", "epochs")
+"""What says how long to train. One of them given replaces all of a scale's, and as a flag all of a config file's."""
+
 SPECIAL = (
     *FIRST_PHASE,
     "gate_lr",
@@ -313,14 +319,41 @@ class RunSettings(CommonSettings):
         defaults = RunSettings()
         left_out |= {key for key in SPECIAL if getattr(self, key) == getattr(defaults, key)}
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
+        values["data"] = corpus_name(self.data)
+        if self.tokenizer is not None:
+            values["tokenizer"] = spelt_alike(self.tokenizer)
         if self.plugin is not None:
             values["plugin"] = hashlib.sha256(Path(self.plugin).read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def user_path(name: str) -> Path:
+    """A path as it was typed, `~` and `~user` replaced; a file whose own name begins with ~ is taken as it is."""
+    path = Path(name)
+    if not path.exists():
+        with contextlib.suppress(RuntimeError):  # no such user
+            path = path.expanduser()
+    return path
+
+
+def spelt_alike(name: str) -> str:
+    """What a path is called wherever it is given from: its last part. A name that is no path stays as it is."""
+    path = user_path(name)
+    return path.resolve().name if path.exists() else name
+
+
+def corpus_name(data: str) -> str:
+    """What `--data` is called, however it is spelt; which text that is tells the fingerprint of its content."""
+    if data in CORPORA:
+        return data
+    if data.startswith(HUB):
+        return HUB + spelt_alike(data.removeprefix(HUB))
+    return spelt_alike(data)
+
+
 def cache_folder(chosen: str | None = None) -> Path:
     """For tokenizers, token files and compiled kernels: `chosen`, else $NEWLLM_CACHE, else ~/.cache/newllm."""
-    return Path(chosen or os.environ.get("NEWLLM_CACHE") or "~/.cache/newllm").expanduser()
+    return user_path(chosen or os.environ.get("NEWLLM_CACHE") or "~/.cache/newllm")
 
 
 def scale_names() -> list[str]:
@@ -343,8 +376,8 @@ def resolve(settings: S) -> S:
     given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     scale = load_scale(settings.scale)
     # A budget given in one way replaces the scale's budget given in another.
-    if settings.max_tokens is not None or settings.samples is not None or settings.epochs is not None:
-        scale = {key: value for key, value in scale.items() if key not in ("max_tokens", "samples", "epochs")}
+    if any(given[key] is not None for key in BUDGET):
+        scale = {key: value for key, value in scale.items() if key not in BUDGET}
         if settings.max_tokens is None and settings.epochs is None:
             scale["epochs"] = 1.0
     if settings.data == "pile" and settings.tokenizer is None:
@@ -363,11 +396,13 @@ POSITIVE = (
     *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts"),
     *("lagged_passes", "lagged_grad_passes", "lagged_deep_passes"),
     *("projection_tokens", "projection_iterations", "projection_lr", "projection_batch", "projection_tolerance"),
+    "efficiency_seconds",
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it;
 # memories are swapped between two windows of recall.
 AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
 AT_LEAST |= {"recall_windows": 2, "projection_clip": 0, "projection_noise": 0, "projection_mean_weight": 0}
+AT_LEAST |= dict.fromkeys(("max_grad_norm", "weight_decay", "checkpoint_minutes", "lagged_memory"), 0)
 SHARES = (
     "warmup_ratio",
     "min_lr_ratio",
@@ -382,9 +417,12 @@ SHARES = (
     "projection_target",
 )
 
+SEEDS = 2**32
+"""NumPy takes no seed from here on."""
 
-def check(settings: CommonSettings) -> None:
-    """Raises UserError for a value no run could work with."""
+
+def check_values(settings: CommonSettings) -> None:
+    """Raises UserError for a value that is out of range whatever the others are; None is left to the scale."""
     for name in POSITIVE:
         value = getattr(settings, name, None)
         if value is not None and not value > 0:
@@ -397,6 +435,15 @@ def check(settings: CommonSettings) -> None:
         value = getattr(settings, name)
         if not 0 <= value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
+    for name in ("seed", "seeds"):
+        value = getattr(settings, name, [])
+        if any(not 0 <= seed < SEEDS for seed in (value if isinstance(value, list) else [value])):
+            raise UserError(f"--{name} is {value}: a seed is a whole number from 0 to {SEEDS - 1}")
+
+
+def check(settings: CommonSettings) -> None:
+    """Raises UserError for values no run could work with; settings must be resolved."""
+    check_values(settings)
     if settings.sliding_stride >= settings.sliding_window:  # type: ignore[operator]
         raise UserError(
             f"--sliding-stride {settings.sliding_stride} must be less than --sliding-window {settings.sliding_window}: "

@@ -1,7 +1,9 @@
 import contextlib
 import json
+import os
 import socket
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pyarrow
@@ -63,6 +65,16 @@ def test_folder_is_read_recursively_in_order(files, tmp_path):
     write(tmp_path / ".hidden" / "f.txt", b"hidden")
     write(tmp_path / "notes.md", b"not read")
     assert read(tmp_path) == [TEXTS[0], *TEXTS, "deeper", *TEXTS, *TEXTS]
+
+
+def test_file_names_of_any_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "~notes.txt", b"one")
+    assert read("~notes.txt") == ["one"]
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    write(Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")), b"two")
+    assert read(folder) == ["two"]
 
 
 def test_zst_of_several_frames_and_no_last_newline(tmp_path):

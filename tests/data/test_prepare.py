@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import newllm.data.preparation as module
 from newllm.data import describe, prepare, sample_text
-from newllm.settings import DataSettings, UserError
+from newllm.settings import DataSettings, RunSettings, UserError
 
 TEXTS = [
     f"Act {i}.\n\nEnter king number {i}, with {i * 7} lords and a fool named Touch{i}.\n" * (i % 4 + 1)
@@ -55,7 +55,7 @@ def test_every_document_is_in_exactly_one_split(corpus, tmp_path):
         assert len(tokens) == data.info["splits"][split]["tokens"] == tokens.document_starts[-1]
     json.dumps(data.info)
     assert texts["test"][0].startswith(sample_text(data, "test", tokens=5))
-    assert dict(describe(data))["corpus"] == str(corpus)
+    assert dict(describe(data))["corpus"] == corpus.name
 
 
 def test_second_time_comes_from_the_cache(corpus, tmp_path):
@@ -68,6 +68,16 @@ def test_second_time_comes_from_the_cache(corpus, tmp_path):
     assert first.fingerprint == second.fingerprint
     assert first.info == second.info
     assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+
+
+def test_another_spelling_of_a_path_is_the_same_text(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    spellings = [str(corpus), "corpus.jsonl", "./corpus.jsonl", "sub/../corpus.jsonl"]
+    assert len({prepare(settings(spelling, tmp_path)).fingerprint for spelling in spellings}) == 1
+    runs = [RunSettings(data=spelling, tokenizer=folder) for spelling in spellings for folder in ("sub", "./sub")]
+    assert len({run.hash() for run in runs}) == 1
+    assert len({RunSettings(data=data).hash() for data in (".", "hf:.", "hf:./sub/..")}) == 2
 
 
 def test_cache_notices_changed_text_and_settings(corpus, tmp_path):

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -22,18 +23,22 @@ import jsonargparse
 import yaml
 
 from newllm.settings import (
+    BUDGET,
     CONFIGS_FOLDER,
     SCALES_FOLDER,
     CommonSettings,
     ExperimentSettings,
     RunSettings,
     UserError,
+    check_values,
     load_scale,
     nearest,
     scale_names,
+    user_path,
 )
 
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+LONGEST_VALUE = 60  # characters of a wrong value that a complaint repeats
 IN_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -114,10 +119,16 @@ class Parser(jsonargparse.ArgumentParser):
         namespace = self.parse_args(argv)
         values = dict(values or {})
         if self.settings_class is not None and namespace.config is not None:
-            values |= read_config(namespace.config, self.settings_class, self.configs)
+            config = read_config(namespace.config, self.settings_class, self.configs)
+            experiment = issubclass(self.settings_class, CommonSettings)
+            if experiment and any(namespace.get(key) is not None for key in BUDGET):
+                config = {key: value for key, value in config.items() if key not in BUDGET}
+            values |= config
         if values:
             self.set_defaults({key: value for key, value in values.items() if key in self.names})
             namespace = self.parse_args(argv)
+        for name in self.names:
+            refuse_unusable(namespace[name], flag(name))
         return namespace
 
     def settings(
@@ -131,6 +142,8 @@ class Parser(jsonargparse.ArgumentParser):
         assert self.settings_class is not None
         given = {} if base is None else {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
         settings = self.settings_class(**(given | {name: namespace[name] for name in self.names}))
+        if isinstance(settings, CommonSettings):
+            check_values(settings)
         if complete is not None:
             settings = complete(settings)
         if namespace.print_config:
@@ -153,13 +166,13 @@ class Parser(jsonargparse.ArgumentParser):
         if match := re.match(r'Parser key "(\w+)"', message):
             key = match[1]
             value = re.search(r"(?:Given|Got) value: (.*)", message.splitlines()[-1])
-            given = value[1] if value else "?"
+            given = shortened(value[1]) if value else "?"
             assert self.settings_class is not None
             hint = get_type_hints(self.settings_class)[key]
-            name = f"{self.where}{key}" if self.where else flag(key)
+            name = key if self.where else flag(key)
             if choices := literal(hint):
-                return nearest(given, choices, name)
-            return UserError(f"{name} is {given!r}: it must be {in_words(hint)}")
+                return UserError(f"{self.where}{nearest(given, choices, name)}")
+            return UserError(f"{self.where}{name} is {given!r}: it must be {in_words(hint)}")
         return UserError(f"{self.where}{message.splitlines()[0]} (see {self.prog} --help)")
 
 
@@ -249,7 +262,7 @@ def read_config(name: str, cls: type, configs: Path = CONFIGS_FOLDER) -> dict[st
     """The checked values of a config file, given by path or by its name in the folder of named ones."""
     path = configs / f"{name}.yaml"
     if not path.is_file():
-        path = Path(name).expanduser()
+        path = user_path(name)
     if not path.is_file():
         if path.suffix or path.name != name:
             raise UserError(f"--config {name}: no such file")
@@ -257,14 +270,26 @@ def read_config(name: str, cls: type, configs: Path = CONFIGS_FOLDER) -> dict[st
     return check_config(read_yaml(path), cls, f"{path}: ")
 
 
+class YamlLoader(yaml.SafeLoader):
+    """Tells the line of a value that looks like a date or a number and is none; PyYAML raises a bare ValueError."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     if not isinstance(values, dict):
@@ -278,13 +303,35 @@ def check_config(values: dict[str, Any], cls: type, where: str) -> dict[str, Any
     for key, value in values.items():
         if key not in hints:
             raise UserError(f"{where}{nearest(str(key), list(hints), 'setting')}")
+        if value is None and type(None) not in get_args(hints[key]):
+            raise UserError(f"{where}{key} has no value: give it one, or leave the key out")
         if get_origin(hints[key]) is list and not isinstance(value, list):
             raise UserError(f"{where}{key} is {value!r}: it must be a list, such as [{value}]")
     parser = Parser("")
     parser.add_settings(cls)
     parser.where = where
     checked = parser.parse_object(values, defaults=False)
+    for key in values:
+        refuse_unusable(checked[key], f"{where}{key}")
     return {key: checked[key] for key in values}
+
+
+def refuse_unusable(value: Any, name: str) -> None:
+    """Raises UserError for a value of the right type that nothing can compute with or write down."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, float) and not math.isfinite(item):
+            raise UserError(f"{name} is {item}: it must be a finite number")
+        if isinstance(item, int) and not -(2**63) <= item < 2**63:
+            raise UserError(f"{name} is {shortened(str(item))}: it must lie within 64 bits")
+        if isinstance(item, str) and not item.isascii():
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{name} is {item!a}: it must be UTF-8 text") from None
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
 def print_config(settings: Any) -> None:

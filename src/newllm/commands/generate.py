@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from newllm.models import TransformerLM
 
+LEAST_TEMPERATURE = 1e-6  # logits divided by much less than this are infinite in float32
+
 
 @dataclass(kw_only=True)
 class GenerateSettings(RunSettings):
@@ -51,8 +53,11 @@ def check_sampling(settings: GenerateSettings) -> None:
     """Raises UserError for a value out of range."""
     if settings.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {settings.max_new_tokens}: it must be at least 1")
-    if not settings.temperature >= 0:
-        raise UserError(f"--temperature is {settings.temperature}: it must be 0 or more")
+    if settings.temperature < LEAST_TEMPERATURE and settings.temperature != 0:
+        raise UserError(
+            f"--temperature is {settings.temperature}: it must be at least {LEAST_TEMPERATURE}, or 0 for always the "
+            "likeliest token"
+        )
     if not 0 < settings.top_p <= 1:
         raise UserError(f"--top-p is {settings.top_p}: it must lie in (0, 1]")
 

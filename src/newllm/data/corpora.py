@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from newllm.data import hub
-from newllm.settings import DataSettings, UserError, nearest
+from newllm.settings import HUB, DataSettings, UserError, corpus_name, nearest, user_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 READ_BYTES = 1 << 20
@@ -53,16 +53,16 @@ def open_corpus(settings: DataSettings) -> Corpus:
     data, text_field, limit = settings.data, settings.text_field, settings.max_documents
     if limit is not None and limit < 1:
         raise UserError(f"--max-documents is {limit}: it must be at least 1")
-    if data in ("", "hf:"):
+    if data in ("", HUB):
         raise UserError(f"--data '{data}' names nothing; valid: shakespeare, pile, hf:NAME, PATH")
     if data == "shakespeare":
         corpus = _shakespeare()
     elif data == "pile":
         corpus = _hugging_face("pile", hub.PILE_DATASET, text_field)
         limit = limit or hub.STREAM_DOCUMENTS
-    elif data.startswith("hf:"):
-        corpus = _hugging_face(data, data.removeprefix("hf:"), text_field)
-        limit = limit or (None if hub.local_folder(data.removeprefix("hf:")) else hub.STREAM_DOCUMENTS)
+    elif data.startswith(HUB):
+        corpus = _hugging_face(data, data.removeprefix(HUB), text_field)
+        limit = limit or (None if hub.local_folder(data.removeprefix(HUB)) else hub.STREAM_DOCUMENTS)
     else:
         corpus = _local(data, text_field)
 
@@ -93,7 +93,7 @@ def _shakespeare() -> Corpus:
 
 def _local(data: str, text_field: str) -> Corpus:
     """A file or a folder of files; a folder is searched recursively, hidden files and folders left out."""
-    path = Path(data).expanduser()
+    path = user_path(data)
     if path.is_dir():
         files = sorted(
             file
@@ -118,12 +118,13 @@ def _local(data: str, text_field: str) -> Corpus:
             title = file.relative_to(path).as_posix() if path.is_dir() else file.name
             yield from read_file(file, title, text_field)
 
-    return Corpus(data, _hash_files(files, path), documents)
+    return Corpus(corpus_name(data), _hash_files(files, path), documents)
 
 
 def _hugging_face(name: str, source: str, text_field: str) -> Corpus:
     """A Hugging Face data set: a stream from the hub (identified by its name), or a local folder in its layout."""
     folder = hub.local_folder(source)
+    name = corpus_name(name)
     identity = name if folder is None else _hash_files(sorted(f for f in folder.rglob("*") if f.is_file()), folder)
 
     def documents() -> Iterator[Document]:
@@ -143,7 +144,7 @@ def _hash_files(files: list[Path], root: Path) -> str:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-        digest.update(f"{file.relative_to(root)}\0{content}\n".encode())
+        digest.update(f"{file.relative_to(root)}\0{content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -193,6 +194,8 @@ def _read_jsonl(lines: Iterable[bytes], path: Path, title: str, text_field: str)
             row = json.loads(_decode(line, where))
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise UserError(f"{where}: not readable as JSON: {hub.first_line(error)}") from error
         yield Document(f"{title}:{number}", _text_of(row, text_field, where))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from newllm.settings import UserError
+from newllm.settings import UserError, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 5.0
 
 def local_folder(source: str) -> Path | None:
     """`source` as a folder of this machine, or None where it names something on the hub."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return path if path.is_dir() else None
 
 

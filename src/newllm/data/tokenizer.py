@@ -18,17 +18,21 @@ EOS = "<|endoftext|>"
 PADDING = "<|padding|>"
 SMALLEST_VOCAB = 256 + 2
 """Every byte, EOS and padding."""
+LARGEST_VOCAB = 2**20
+"""The trainer takes memory for all of them before it reads a word."""
 PIECE_CHARACTERS = 1 << 15
 BATCH_CHARACTERS = 1 << 20
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises UserError for a vocabulary that leaves no room for a single merge."""
+    """Raises UserError for a vocabulary that leaves no room for a single merge, or that no text can fill."""
     if vocab_size <= SMALLEST_VOCAB:
         raise UserError(
             f"--vocab-size is {vocab_size}: a byte-level BPE needs more than {SMALLEST_VOCAB} "
             f"(256 bytes, {EOS} and {PADDING})"
         )
+    if vocab_size > LARGEST_VOCAB:
+        raise UserError(f"--vocab-size is {vocab_size}: it must be at most {LARGEST_VOCAB}")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

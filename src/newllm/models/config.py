@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from newllm.models.cache import check_precision
-from newllm.settings import nearest
+from newllm.settings import UserError, nearest
 
+IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 # What Hugging Face writes into config.json beside the fields.
 BOOKKEEPING = ("model_type", "transformers_version", "torch_dtype", "attn_implementation")
 
@@ -29,7 +31,7 @@ class LMConfig(PreTrainedConfig):
             'int4', see `ops.quantize`.
 
     Raises:
-        UserError: for an unknown option (transformers would take it silently) or cache_precision.
+        UserError: for an unknown option (transformers would take it silently), one of another type, or cache_precision.
     """
 
     model_type = "newllm"
@@ -53,8 +55,20 @@ class LMConfig(PreTrainedConfig):
         for name in kwargs:
             if name not in BOOKKEEPING and not name.startswith("_"):
                 raise nearest(name, self.option_names(), "option", f"of {type(self).__name__}")
+        self._check_types()
         check_precision(self.cache_precision)
         super().__post_init__(**kwargs)
+
+    def _check_types(self) -> None:
+        """Raises UserError for a number or switch that is none. (Who uses a name knows the valid ones.)"""
+        for name in self.option_names():
+            value, kind = getattr(self, name), type(getattr(type(self), name, None))
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if kind in IN_WORDS and not fits:
+                raise UserError(f"{name} is {value!r}: it must be {IN_WORDS[kind]}")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
 
     @classmethod
     def option_names(cls) -> list[str]:

@@ -13,17 +13,20 @@ import yaml
 from transformers import PreTrainedConfig
 
 from newllm.models.config import LMConfig
-from newllm.models.layers.base import LAYER_TYPES, layer_type
+from newllm.models.layers.base import LAYER_TYPES, PLUGIN_PRESETS, PRESETS_FOLDER, layer_type
 from newllm.models.transformer import ARCHITECTURES, TransformerLM
 from newllm.settings import UserError, nearest
 
-PRESETS_FOLDER = Path(__file__).parent / "presets"
-PLUGIN_PRESETS: dict[str, dict[str, Any]] = {}
-
 
 def register_preset(name: str, layers: list[dict[str, Any]], about: str = "") -> None:
-    """Makes a named mix of layer specs available to `create_model` and the command line (for plugins)."""
-    PLUGIN_PRESETS[name] = {"about": about, "layers": layers}
+    """Makes a named mix of layer specs available to `create_model` and the command line (for plugins).
+
+    Raises UserError for a name that a layer type, or a preset of other layers, has.
+    """
+    preset = {"about": about, "layers": layers}
+    if PLUGIN_PRESETS.get(name) != preset and name in {*preset_names(), *LAYER_TYPES}:
+        raise UserError(f"preset '{name}': a layer type or preset has that name already: choose another")
+    PLUGIN_PRESETS[name] = preset
 
 
 def preset_names() -> list[str]:
@@ -68,7 +71,7 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
                 )
         try:
             target[leaf] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(
                 f"model '{text}': the value of {key} cannot be read: '{value}'; write it as in {name}:window=128"
             ) from error
@@ -197,18 +200,17 @@ def load_plugin(path: str | Path) -> list[str]:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        line = _line_in(error, path)
-        raise UserError(f"plugin {path}{line}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    except (Exception, SystemExit) as error:
+        kind = [] if isinstance(error, UserError) else [type(error).__name__]
+        what = ": ".join([*kind, *str(error).splitlines()[:1]])
+        raise UserError(f"plugin {path}{_line_in(error, path)}: {what}") from error
     found = [key for key, cls in LAYER_TYPES.items() if cls.__module__ == name]
     if not found:
         raise UserError(f"plugin {path} registers no layer: put @register_layer('name') above a subclass of Layer")
     return found
 
 
-def _line_in(error: Exception, path: Path) -> str:
+def _line_in(error: BaseException, path: Path) -> str:
     """', line N' of the plugin file in which the error arose."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}"

@@ -100,10 +100,11 @@ _FIELDS: dict[str, dict[str, str]] = {
 }
 
 
-def create_position(spec: str | dict[str, Any]) -> Position:
+def create_position(spec: str | dict[str, Any], head_size: int | None = None) -> Position:
     """From a name ('rope', 'alibi', 'none') or a spec such as {'type': 'alibi', 'slopes': 'geometric'}.
 
-    Raises UserError for an unknown type, option or value, naming the nearest valid one.
+    Raises UserError for an unknown type, option or value, naming the nearest valid one, and for heads of a size it
+    cannot turn.
     """
     options: dict[str, Any] = {"type": spec} if isinstance(spec, str) else dict(spec)
     kind = str(options.pop("type", "none"))
@@ -120,6 +121,10 @@ def create_position(spec: str | dict[str, Any]) -> Position:
             raise UserError(f"position option {name} is {options[name]!r}: it must be a number greater than 0")
     if options.get("fraction", 1) > 1:
         raise UserError(f"position option fraction is {options['fraction']}: at most 1, the whole head")
+    if kind == "rope" and head_size is not None and head_size < 2:
+        raise UserError(
+            f"position 'rope' turns pairs of numbers, and a head has {head_size}: choose fewer heads, or position=alibi"
+        )
     return POSITIONS[kind](**{_FIELDS[kind][name]: value for name, value in options.items()})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch.nn.functional as F
@@ -14,16 +15,28 @@ from newllm.models.linear import Linear
 from newllm.settings import UserError, nearest
 
 LAYER_TYPES: dict[str, type[Layer]] = {}
+PRESETS_FOLDER = Path(__file__).parents[1] / "presets"
+PLUGIN_PRESETS: dict[str, dict[str, Any]] = {}
+"""Presets beside those of the folder: `factory.register_preset`."""
 
 L = TypeVar("L", bound="type[Layer]")
 
 
 def register_layer(name: str) -> Callable[[L], L]:
-    """Class decorator: makes a layer type available to configs, presets and the command line under `name`."""
+    """Class decorator: makes a layer type available to configs, presets and the command line under `name`.
+
+    Raises UserError for a class that is no Layer, and for a name that a layer type or a preset has.
+    """
 
     def register(cls: L) -> L:
+        if not (isinstance(cls, type) and issubclass(cls, Layer)):
+            raise UserError(f"@register_layer('{name}') needs a subclass of Layer, which {cls.__qualname__} is not")
         if name in LAYER_TYPES and LAYER_TYPES[name].__qualname__ != cls.__qualname__:
             raise UserError(f"layer type '{name}' is already taken by {LAYER_TYPES[name].__qualname__}: choose another")
+        # Our own layer types share names with presets of theirs; of another's layer the preset would be taken.
+        ours = cls.__module__.startswith(f"{__package__}.")
+        if not ours and ((PRESETS_FOLDER / f"{name}.yaml").is_file() or name in PLUGIN_PRESETS):
+            raise UserError(f"layer type '{name}': a preset has that name already: choose another")
         cls.type_name = name
         LAYER_TYPES[name] = cls
         return cls

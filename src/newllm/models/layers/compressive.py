@@ -70,7 +70,8 @@ class CompressiveLayer(Layer):
         for name, switch in (("use_delta_rule", use_delta_rule), ("key_shift", key_shift)):
             if type(switch) is not bool:
                 raise UserError(f"{name} is {switch!r}: it must be true or false")
-        self.attention = SegmentAttention(num_heads, hidden_size // num_heads, create_position(position), local)
+        head_size = hidden_size // num_heads
+        self.attention = SegmentAttention(num_heads, head_size, create_position(position, head_size), local)
         self._arguments |= {"position": position_spec(self.attention.position), "memory_head_dim": memory_head_dim}
         self.num_memories, self.segments_per_memory = num_memories, segments_per_memory
         self.num_memory_heads, self.memory_head_dim = hidden_size // memory_head_dim, memory_head_dim

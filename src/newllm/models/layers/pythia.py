@@ -62,7 +62,7 @@ class PythiaLayer(Layer):
             raise UserError(f"num_kv_heads {num_kv_heads} is no divisor of num_heads {num_heads}")
         if type(parallel_residual) is not bool:
             raise UserError(f"parallel_residual is {parallel_residual!r}: it must be true or false")
-        self.position = create_position(position)
+        self.position = create_position(position, hidden_size // num_heads)
         self._arguments |= {"num_kv_heads": num_kv_heads, "position": position_spec(self.position)}
         self.num_heads, self.num_kv_heads, self.window = num_heads, num_kv_heads, window
         self.parallel_residual = parallel_residual
