@@ -24,13 +24,13 @@ class Bench(NamedTuple):
 BENCHES = {
     "train": Bench(
         "Training speed and memory against Hugging Face's GPT-NeoX in the same shape.",
-        "newllm.evaluation.bench_settings:TrainBench",
+        "newllm.bench.settings:TrainBench",
         "newllm.commands.bench:run",
         ("newllm bench train", "newllm bench train --models pythia gqa --seq-lengths 512 --rounds 3"),
     ),
     "decode": Bench(
         "Decoding latency against Hugging Face's models in the same shape, and against the memory bandwidth.",
-        "newllm.evaluation.bench_settings:DecodeBench",
+        "newllm.bench.settings:DecodeBench",
         "newllm.commands.bench:run",
         (
             "newllm bench decode",
@@ -40,7 +40,7 @@ BENCHES = {
     ),
     "memory": Bench(
         "Peak memory and cache bytes per token while decoding, beside Hugging Face's models in the same shape.",
-        "newllm.evaluation.bench_settings:MemoryBench",
+        "newllm.bench.settings:MemoryBench",
         "newllm.commands.bench:run",
         (
             "newllm bench memory",
@@ -49,7 +49,7 @@ BENCHES = {
     ),
     "reading": Bench(
         "The forward of one compressive layer against the same as a cumulative sum, and against attention.",
-        "newllm.evaluation.bench_settings:ReadingBench",
+        "newllm.bench.settings:ReadingBench",
         "newllm.commands.bench:run",
         (
             "newllm bench reading",
@@ -59,7 +59,7 @@ BENCHES = {
     ),
     "growth": Bench(
         "State bytes, decoding time and memory while models read a long text.",
-        "newllm.evaluation.bench_settings:GrowthBench",
+        "newllm.bench.settings:GrowthBench",
         "newllm.commands.bench:run",
         (
             "newllm bench growth --plot growth.html",
@@ -68,8 +68,8 @@ BENCHES = {
     ),
     "lagged": Bench(
         "Training of models that feed a state back: Lagged Cache Training against step by step.",
-        "newllm.evaluation.bench_lagged_settings:LaggedBench",
-        "newllm.commands.lagged_bench:run",
+        "newllm.bench.lagged_settings:LaggedBench",
+        "newllm.commands.bench_lagged:run",
         (
             "newllm bench lagged",
             "newllm bench lagged --model continuous --methods step_by_step lagged lagged:deep_share=0.1,deep_passes=4",

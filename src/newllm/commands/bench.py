@@ -13,10 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from newllm.evaluation.bench import bench_decode, bench_memory, bench_train
-from newllm.evaluation.bench_growth import bench_growth
-from newllm.evaluation.bench_reading import bench_reading
-from newllm.evaluation.bench_settings import DecodeBench, GrowthBench, MemoryBench, ReadingBench, TrainBench
+from newllm.bench.decode import bench_decode
+from newllm.bench.growth import bench_growth
+from newllm.bench.memory import bench_memory
+from newllm.bench.reading import bench_reading
+from newllm.bench.settings import DecodeBench, GrowthBench, MemoryBench, ReadingBench, TrainBench
+from newllm.bench.train import bench_train
 from newllm.evaluation.processes import WorkerError
 from newllm.settings import UserError
 

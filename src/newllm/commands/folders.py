@@ -24,11 +24,12 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
 
     from newllm.data import prepare
     from newllm.data.hub import load_tokenizer
+    from newllm.devices import resolve_device, set_threads
     from newllm.models import check_model_spec, load_model, load_plugin
-    from newllm.training import new_model, resolve_device, set_threads
+    from newllm.training import new_model
 
-    device = resolve_device(settings)
-    set_threads(settings)
+    device = resolve_device(settings.device)
+    set_threads(settings.threads)
     if folder.is_dir():
         plugin = settings.plugin or run_config(folder).get("plugin")
         if plugin is not None:

@@ -13,14 +13,15 @@ def train(settings: RunSettings, out: str | None) -> None:
     from rich.console import Console
 
     from newllm.data import prepare
+    from newllm.devices import resolve_device
     from newllm.evaluation.perplexity import perplexity
     from newllm.experiments.progress import Display, duration
     from newllm.models import check_model_spec, load_plugin
-    from newllm.training import check_loggers, check_suitability, resolve_device
+    from newllm.training import check_loggers, check_suitability
     from newllm.training import train as run
     from newllm.training.checkpoints import lock, make_folder, refuse_other_files
 
-    resolve_device(settings)
+    resolve_device(settings.device)
     check_loggers(settings)
     if settings.plugin is not None:
         load_plugin(settings.plugin)

@@ -40,13 +40,13 @@ def collect(settings: VintixSettings, out: str | None) -> Path:
 
 def train(settings: VintixSettings, data: list[str], out: str | None) -> Path:
     """Trains a model for each seed and control seed, some at the same time, each in a folder of its own inside OUT."""
+    from newllm.devices import resolve_device
     from newllm.training.checkpoints import make_folder
-    from newllm.training.devices import resolve_device
     from newllm.vintix.data import read_metadata
 
     settings.check_model()
     settings.check_train()
-    device = resolve_device(settings)  # type: ignore[arg-type]
+    device = resolve_device(settings.device)
     folders = [Path(name) for name in data]
     names = [read_metadata(folder)["name"] for folder in folders]
     if len(set(names)) < len(names):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from newllm.devices import autocast, resolve_precision
 from newllm.evaluation.cache_size import cache_bytes
 from newllm.evaluation.efficiency import cache_figures
 from newllm.evaluation.perplexity import evaluate
@@ -41,7 +42,6 @@ def compare_precisions(
 def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings, precision: str) -> dict[str, Any]:
     """dtype, cache_bytes_per_token and state_bytes of one row, read from the tensors of the cache."""
     from newllm.models.cache import TokenState
-    from newllm.training.devices import autocast, resolve_precision
 
     context = settings.decode_context
     assert context is not None
@@ -49,7 +49,7 @@ def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings
     for length in (context // 2, context - context // 4, context):
         ids = torch.from_numpy(np.resize(tokens.ids, (1, length)).astype(np.int64)).to(model.device)
         cache = model.make_cache(precision)
-        with torch.no_grad(), autocast(model.device, resolve_precision(settings, model.device)):
+        with torch.no_grad(), autocast(model.device, resolve_precision(settings.precision, model.device)):
             model.hidden_states(ids, past_key_values=cache)
         measured[length] = cache_bytes(cache)._asdict()
     figures = cache_figures(measured)

@@ -15,8 +15,9 @@ from typing import Any
 
 import psutil
 
-from newllm.evaluation.bench import mean_of_medians
+from newllm.devices import resolve_device, resolve_precision
 from newllm.evaluation.processes import Worker, WorkerError
+from newllm.evaluation.timing import mean_of_medians
 from newllm.settings import CommonSettings, LaggedSettings
 
 ROUNDS = 3
@@ -126,10 +127,8 @@ class Measurement:
 
     def begin(self) -> None:
         """Loads the model and takes one training step, which is not counted: it allocates what later ones reuse."""
-        from newllm.training.devices import resolve_device, resolve_precision
-
-        device = resolve_device(self.settings)
-        self.precision = resolve_precision(self.settings, device)
+        device = resolve_device(self.settings.device)
+        self.precision = resolve_precision(self.settings.precision, device)
         self.worker = Worker(str(self.folder))
         built = self.worker.call(
             "build",

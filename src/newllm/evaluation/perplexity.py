@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from newllm.devices import autocast, resolve_precision
 from newllm.models.recurrent import RecurrentLM
 from newllm.settings import CommonSettings, UserError
 
@@ -120,10 +121,9 @@ def score(
     cache_precision: see `TransformerLM.token_losses`. token_losses: takes its place, and may give several kinds of
     losses (…, B, L − 1).
     """
-    from newllm.training.devices import autocast, resolve_precision
 
     device = model.device
-    precision = resolve_precision(settings, device)
+    precision = resolve_precision(settings.precision, device)
     batch_tokens = settings.eval_batch_size * settings.seq_length  # type: ignore[operator]
     if token_losses is None and isinstance(model, RecurrentLM) and model.state_size:
         batch_tokens *= RECURRENT_ROWS

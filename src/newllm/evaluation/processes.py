@@ -21,11 +21,13 @@ class WorkerError(RuntimeError):
 class Worker:
     """Driver's end of a measuring process (`worker.py`); `call` runs one command and waits for its answer."""
 
+    module = "newllm.evaluation.worker"
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "newllm.evaluation.worker"],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from newllm.data.reversal import DIRECTIONS, GROUPS, Kind, Pair, ReversalTask, Sentence
+from newllm.devices import autocast, resolve_precision
 from newllm.evaluation.recall import Z, wilson
 from newllm.ops.loss import linear_cross_entropy
 from newllm.settings import CommonSettings
@@ -55,13 +56,16 @@ def evaluate_reversal(
     Raises:
         UserError: the text holds the facts itself.
     """
-    from newllm.training.devices import autocast, resolve_precision
 
     task = ReversalTask(data)
     asked = {direction: questions(task, direction) for direction in DIRECTIONS}
     was_training = model.training
     model.eval()
-    with torch.no_grad(), model.without_memory(), autocast(model.device, resolve_precision(settings, model.device)):
+    with (
+        torch.no_grad(),
+        model.without_memory(),
+        autocast(model.device, resolve_precision(settings.precision, model.device)),
+    ):
         answers = {direction: _ask(model, task, asked[direction], settings) for direction in DIRECTIONS}
     model.train(was_training)
     blocks = {group: blocks_of(asked["forward"], group) for group in GROUPS}  # the same in both directions

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from newllm.devices import resolve_device
 from newllm.evaluation.processes import cause_of_death
 from newllm.experiments.progress import Display, RunLine
 from newllm.experiments.run import RunError, finish_run
 from newllm.settings import ExperimentSettings, RunSettings, UserError
-from newllm.training import resolve_device
 from newllm.training.callbacks import TrainProgress
 from newllm.training.checkpoints import ERROR_FILE, read_result
 
@@ -58,7 +58,7 @@ def resolve_jobs(settings: ExperimentSettings) -> tuple[int, int]:
     if jobs is None:
         by_memory = psutil.virtual_memory().total // MEMORY_OF_A_JOB
         on_cpu = min(threads // (settings.threads or 1), len(settings.runs()), by_memory)
-        jobs = max(1, on_cpu) if resolve_device(settings).type == "cpu" else 1
+        jobs = max(1, on_cpu) if resolve_device(settings.device).type == "cpu" else 1
     return jobs, settings.threads or max(1, threads // jobs)
 
 

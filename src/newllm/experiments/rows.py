@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from newllm.devices import autocast, resolve_device, resolve_precision
 from newllm.evaluation.bands import ppl_band
 from newllm.evaluation.checks import check_as_trained, check_model, is_causal
 from newllm.evaluation.memories import memory_figures
@@ -23,7 +24,7 @@ from newllm.evaluation.selective import selective_figures
 from newllm.models import TransformerLM, load_model
 from newllm.models.layers.base import create_layer
 from newllm.settings import RunSettings
-from newllm.training import TrainResult, autocast, resolve_device, resolve_precision
+from newllm.training import TrainResult
 from newllm.training.checkpoints import read_result
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
     The validation loss is that of the kept checkpoint, as training measured it. All other perplexities are of the test
     split, which chose nothing.
     """
-    model = load_model(folder).to(resolve_device(settings)).eval()  # type: ignore[arg-type]
+    model = load_model(folder).to(resolve_device(settings.device)).eval()  # type: ignore[arg-type]
     validation, test = data.splits["validation"], data.splits["test"]
     result = evaluate(model, test, settings)
-    precision = autocast(model.device, resolve_precision(settings, model.device))
+    precision = autocast(model.device, resolve_precision(settings.precision, model.device))
     trained_tokens = training.tokens * training.best_step / training.steps  # the kept checkpoint has read no more
     longest = max(settings.seq_length, settings.position_window, settings.sliding_window)  # type: ignore[type-var]
     checks = check_model(model) + check_as_trained(model, longest, precision)  # type: ignore[arg-type]
@@ -108,7 +109,7 @@ def sample(model: TransformerLM, data: PreparedData, settings: RunSettings) -> s
     """The beginning of the test split, and how the model goes on."""
     prompt = torch.from_numpy(data.splits["test"].ids[None, :SAMPLE_PROMPT].astype("int64")).to(model.device)
     transformers.set_seed(settings.seed)
-    with torch.no_grad(), autocast(model.device, resolve_precision(settings, model.device)):
+    with torch.no_grad(), autocast(model.device, resolve_precision(settings.precision, model.device)):
         ids = model.generate(  # type: ignore[misc]
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50
         )

@@ -23,6 +23,7 @@ from rich.console import Console
 from newllm.data import prepare
 from newllm.data.recall import RecallDataset
 from newllm.data.reversal import ReversalTask
+from newllm.devices import machine_info, resolve_device, set_threads
 from newllm.evaluation.efficiency import KEYS as EFFICIENCY
 from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
@@ -35,10 +36,7 @@ from newllm.settings import CONFIGS_FOLDER, ExperimentSettings, RunSettings, Use
 from newllm.training import (
     check_loggers,
     check_suitability,
-    machine_info,
     new_model,
-    resolve_device,
-    set_threads,
 )
 from newllm.training.checkpoints import (
     ERROR_FILE,
@@ -66,10 +64,10 @@ def compare(settings: ExperimentSettings) -> Path:
     where the first says what to change).
     """
     settings = resolve(settings)
-    resolve_device(settings)
+    resolve_device(settings.device)
     check_loggers(settings)
     jobs, threads = resolve_jobs(settings)
-    set_threads(settings)
+    set_threads(settings.threads)
     check_models(settings)
     out = resolve_out(settings)
     make_folder(out)

@@ -7,27 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from newllm.training.callbacks import TrainProgress
-    from newllm.training.devices import autocast, machine_info, resolve_device, resolve_precision, set_threads
     from newllm.training.run import TrainResult, check_loggers, new_model, train
     from newllm.training.suitability import check_suitability
 
 MODULES = {
     "callbacks": ["TrainProgress"],
-    "devices": ["autocast", "machine_info", "resolve_device", "resolve_precision", "set_threads"],
     "run": ["TrainResult", "check_loggers", "new_model", "train"],
     "suitability": ["check_suitability"],
 }
 __all__ = [
     "TrainProgress",
     "TrainResult",
-    "autocast",
     "check_loggers",
     "check_suitability",
-    "machine_info",
     "new_model",
-    "resolve_device",
-    "resolve_precision",
-    "set_threads",
     "train",
 ]
 

@@ -27,6 +27,7 @@ from safetensors.torch import save_model as save_weights
 from torch import Tensor
 from torch.nn import functional as F
 
+from newllm.devices import autocast, resolve_device, resolve_precision
 from newllm.models.projection import DProjLM, effective_rank, oacd_loss
 from newllm.models.recurrent import lag
 from newllm.settings import RunSettings, UserError
@@ -39,7 +40,6 @@ from newllm.training.checkpoints import (
     remove_incomplete,
     write_whole,
 )
-from newllm.training.devices import autocast, resolve_device, resolve_precision
 from newllm.training.lagged_store import lagged_cache, remove_states
 
 if TYPE_CHECKING:
@@ -118,11 +118,11 @@ class ProjectionTrainer:
         folder: Path,
         on_progress: Callable[[TrainProgress], None] | None,
     ) -> None:
-        self.device = resolve_device(settings)
+        self.device = resolve_device(settings.device)
         self.model, self.settings, self.folder, self.on_progress = model.to(self.device), settings, folder, on_progress  # type: ignore[arg-type]
         self.ids, self.begins = stream(data.splits["train"], settings)
         self.validation = held_out_windows(data.splits["validation"], settings).to(self.device)
-        self.precision = resolve_precision(settings, self.device)
+        self.precision = resolve_precision(settings.precision, self.device)
         self.optimizer = torch.optim.Adam(model.cell.parameters(), lr=settings.projection_lr)
         batches, tokens = self.ids.shape
         self.cache = lagged_cache(batches, tokens, model.state_size, folder, settings.lagged_memory)

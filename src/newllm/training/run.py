@@ -19,6 +19,7 @@ from safetensors.torch import load_model as load_weights
 
 from newllm.data.tasks import TASKS, WithTasks, stack_windows, task_shares, training_tasks
 from newllm.data.windows import StreamDataset, TaskDataset, WindowDataset
+from newllm.devices import set_threads
 from newllm.models import TransformerLM, create_model
 from newllm.models.projection import DProjLM
 from newllm.models.reconstruction import Reconstruction
@@ -35,7 +36,6 @@ from newllm.training.checkpoints import (
     remove_incomplete,
     write_result,
 )
-from newllm.training.devices import set_threads
 from newllm.training.lagged_store import remove_states
 from newllm.training.projection import PROJECTION, ProjectionResult, train_projection
 from newllm.training.suitability import check_suitability
@@ -121,7 +121,7 @@ def _train(
 ) -> dict[str, TrainResult | ProjectionResult]:
     """All phases, and model/; the result of each phase by its name in result.json."""
     transformers.utils.logging.disable_progress_bar()
-    set_threads(settings)
+    set_threads(settings.threads)
     assert settings.seq_length is not None
     windows = WindowDataset(data.splits["train"], settings.seq_length, settings.samples, settings.seed)
     transformers.set_seed(settings.seed)

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from newllm.data.tasks import task_of_each_step, task_shares
+from newllm.devices import autocast, resolve_device, resolve_precision
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import TransformerLM
 from newllm.models.layers import Layer
@@ -31,7 +32,6 @@ from newllm.models.recurrent import RecurrentLM
 from newllm.settings import RunSettings
 from newllm.training.callbacks import FlowCallback, Schedule
 from newllm.training.checkpoints import checkpoint_folder, complete_folder, remove_except
-from newllm.training.devices import autocast, resolve_device, resolve_precision
 from newllm.training.lagged_cache import KeyedWindows, LaggedTraining
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class LMTrainer(Trainer):
         super().__init__(**kwargs)
         self.settings, self.schedule, self.validation = settings, schedule, validation
         self.tokens_per_step = tokens_per_step
-        self.precision = resolve_precision(settings, self.args.device)
+        self.precision = resolve_precision(settings.precision, self.args.device)
         self.flow = FlowCallback(settings, schedule, self.precision, phase)
         self.seconds_before, self.started = 0.0, time.monotonic()
         # With --streaming, what the rows have read in the batches before; through a quantised cache no gradient flows.
@@ -225,7 +225,7 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 
 def training_arguments(settings: RunSettings, folder: Path, steps: int) -> TrainingArguments:
-    device = resolve_device(settings)
+    device = resolve_device(settings.device)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

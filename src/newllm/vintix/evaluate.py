@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import transformers
 
+from newllm.devices import machine_info, resolve_device, set_threads
 from newllm.settings import UserError
 from newllm.training.checkpoints import write_whole
-from newllm.training.devices import machine_info, resolve_device, set_threads
 from newllm.vintix.environments import from_spec
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.model import VintixModel
@@ -40,7 +40,7 @@ def evaluate(
     """
     settings.check_evaluate()
     transformers.utils.logging.disable_progress_bar()
-    set_threads(settings)  # type: ignore[arg-type]
+    set_threads(settings.threads)
     runs = find_runs(folders, say)
     full = [run for run in runs if not run.demonstrator_only]
     if not full:
@@ -75,7 +75,7 @@ def _evaluate_family(
     strips: list[dict[str, Any]] = []
     for run in runs:
         say(f"{metadata['name']}: {run.folder.name} plays {len(task_ids)} test tasks")
-        model = VintixModel.from_pretrained(run.folder / "model").to(resolve_device(settings))  # type: ignore[arg-type]
+        model = VintixModel.from_pretrained(run.folder / "model").to(resolve_device(settings.device))  # type: ignore[arg-type]
         for control in CONTROLS[:1] if run.demonstrator_only else CONTROLS:
             engine = VintixEngine(model, len(task_ids), group, settings.evaluate_context)
             precision = str(engine.dtype).removeprefix("torch.")

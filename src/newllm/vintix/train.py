@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_model as load_weights
 
+from newllm.devices import resolve_device, resolve_precision, set_threads
 from newllm.training.checkpoints import (
     checkpoint_folder,
     checkpoints,
@@ -30,7 +31,6 @@ from newllm.training.checkpoints import (
     write_result,
     write_whole,
 )
-from newllm.training.devices import resolve_device, resolve_precision, set_threads
 from newllm.vintix.data import Histories, HistoryDataset, read_histories
 from newllm.vintix.environments import from_spec
 from newllm.vintix.inference import VintixEngine
@@ -70,7 +70,7 @@ def train(
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
     """
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
-    run = replace(run, precision=resolve_precision(run, resolve_device(run)))  # type: ignore[arg-type]
+    run = replace(run, precision=resolve_precision(run.precision, resolve_device(run.device)))
     data = [read_histories(path) for path in data_folders]
     if run.target == "demonstrator":
         for histories in data:
@@ -91,7 +91,7 @@ def _train(
     run: VintixRun, data: list[Histories], folder: Path, on_progress: Callable[[VintixProgress], None] | None
 ) -> VintixTrainResult:
     transformers.utils.logging.disable_progress_bar()
-    set_threads(run)  # type: ignore[arg-type]
+    set_threads(run.threads)
     windows_per_step = run.batch_size * run.gradient_accumulation
     windows = HistoryDataset(
         data, run.context, run.seed, run.steps * windows_per_step, block=run.batch_size, start_share=run.start_share

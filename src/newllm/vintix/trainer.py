@@ -23,10 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from newllm.devices import autocast, resolve_device, resolve_precision
 from newllm.settings import UserError
 from newllm.training.callbacks import MetricsCallback, Schedule, ScheduledFlow
 from newllm.training.checkpoints import checkpoint_folder, complete_folder, remove_except
-from newllm.training.devices import autocast, resolve_device, resolve_precision
 from newllm.vintix.model import VintixModel
 from newllm.vintix.settings import VintixRun
 
@@ -78,7 +78,7 @@ class VintixTrainer(Trainer):
     ) -> None:
         super().__init__(args=training_arguments(run, folder), **kwargs)
         self.run_settings, self.score, self.on_progress = run, score, on_progress
-        self.precision = resolve_precision(run, self.args.device)  # type: ignore[arg-type]
+        self.precision = resolve_precision(run.precision, self.args.device)
         self.flow = VintixFlow(run)
         self.seconds_before, self.started, self.first_step = 0.0, time.monotonic(), 0
         self.remove_callback(PrinterCallback)
@@ -152,7 +152,7 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 
 def training_arguments(run: VintixRun, folder: Path) -> TrainingArguments:
-    device = resolve_device(run)  # type: ignore[arg-type]
+    device = resolve_device(run.device)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=run.steps,

@@ -6,16 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from here_worker import HereWorker
 
-from newllm.commands.lagged_bench import quality_table, run, speed_table
+from newllm.bench import lagged, rounds
+from newllm.bench.lagged import compare_quality, steps_within
+from newllm.bench.lagged_settings import LaggedBench, method_settings
+from newllm.bench.rounds import compare_rounds
+from newllm.bench.worker import BenchWork
+from newllm.commands.bench_lagged import quality_table, run, speed_table
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
-from newllm.evaluation import bench_lagged
-from newllm.evaluation.bench import compare_rounds
-from newllm.evaluation.bench_lagged import compare_quality, steps_within
-from newllm.evaluation.bench_lagged_settings import LaggedBench, method_settings
 from newllm.evaluation.perplexity import token_weighted_loss
-from newllm.evaluation.worker import Work
 from newllm.settings import DataSettings, UserError
 
 SHAPE = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32, "vocab_size": 300}
@@ -27,26 +28,13 @@ def tiny(**changes):
     return LaggedBench(**SHAPE | budget | quality | {"precision": "float32"} | changes)
 
 
-class HereWorker:
-    """A worker without a process of its own."""
-
-    def __init__(self, name):
-        self.name, self.work = name, Work()
-
-    def call(self, command, **arguments):
-        return json.loads(json.dumps(getattr(self.work, command)(**arguments)))
-
-    def close(self):
-        """Nothing to end."""
-
-
 def test_a_step_of_each_method_is_what_a_run_with_its_settings_does():
-    work = Work()
+    work = BenchWork()
     work.build({"model": "continuous_fuse"} | SHAPE, device="cpu", threads=None)
     step = {"batch_size": 2, "seq_length": 8, "precision": "float32"}
     work.train(**step, recurrence=method_settings("step_by_step"))
     assert work.lagged is None
-    work = Work()
+    work = BenchWork()
     work.build({"model": "continuous_fuse"} | SHAPE, device="cpu", threads=None)
     passes = []
     iterate = work.model.iterate
@@ -56,7 +44,7 @@ def test_a_step_of_each_method_is_what_a_run_with_its_settings_does():
 
 
 def test_deeper_steps_are_taken_by_themselves_and_discrete_passes_too():
-    work = Work()
+    work = BenchWork()
     assert work.build({"model": "continuous_fuse"} | SHAPE, device="cpu", threads=None)["recurrent"]
     passes = []
     iterate = work.model.iterate
@@ -101,11 +89,11 @@ class ClockedWorker(HereWorker):
 
 def test_speed_and_quality_of_every_method_are_told(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(bench_lagged, "Worker", ClockedWorker)
+    monkeypatch.setattr(rounds, "BenchWorker", ClockedWorker)
     play = tmp_path / "play.txt"
     play.write_text(next(iter(open_corpus(DataSettings()).documents())).text[:9000])
     np.save(tmp_path / "ids.npy", np.arange(300))
-    monkeypatch.setattr(bench_lagged, "text_ids", lambda *_: str(tmp_path / "ids.npy"))
+    monkeypatch.setattr(lagged, "text_ids", lambda *_: str(tmp_path / "ids.npy"))
     settings = tiny(
         methods=list(SECONDS), quality=True, data=str(play), seeds=[0, 1], samples=10, quality_epochs=2, steps=2
     )
@@ -152,7 +140,7 @@ def test_every_run_validates_equally_often_and_is_judged_on_a_text_that_chose_no
         judged.append((tokens, token_weighted_loss(model, splits["validation"], run)))
         return token_weighted_loss(model, tokens, run)
 
-    monkeypatch.setattr(bench_lagged, "token_weighted_loss", score)
+    monkeypatch.setattr(lagged, "token_weighted_loss", score)
     records = compare_quality(settings, rows, lambda _: None)
     assert [record["steps"] for record in records] == [4, 4, 32]
     assert [sum("val_loss" in line for line in record["curve"]) for record in records] == [3, 3, 3]

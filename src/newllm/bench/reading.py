@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from newllm.evaluation.bench import Progress, Row, best_rows, compare_rounds, described, device_and_precision
-from newllm.evaluation.bench_settings import ReadingBench
-from newllm.evaluation.processes import Worker
+import torch
+
+from newllm.bench.rounds import BenchWorker, Progress, Row, best_rows, compare_rounds, described, start_workers
+from newllm.bench.settings import ReadingBench
+from newllm.devices import resolve_device
 
 RIVAL = "cumulative_sum"
 
@@ -25,7 +27,7 @@ def bench_reading(settings: ReadingBench, progress: Progress) -> dict[str, Any]:
         see `compare_rounds`, and less_memory, the reference's peak_bytes in units of the row's.
     """
     settings.check()
-    device, _ = device_and_precision(settings, "auto")
+    device = resolve_device(settings.device)
     ours = settings.layers[0]
     work = {"length": settings.seq_length, "warmup": settings.warmup, "steps": settings.steps}
     cases = []
@@ -58,17 +60,14 @@ def bench_reading(settings: ReadingBench, progress: Progress) -> dict[str, Any]:
 
 
 def _start(
-    stack: contextlib.ExitStack, settings: ReadingBench, num_heads: int, device: str, progress: Progress
-) -> list[Worker]:
+    stack: contextlib.ExitStack, settings: ReadingBench, num_heads: int, device: torch.device, progress: Progress
+) -> list[BenchWorker]:
     """A worker for the cumulative sum and one for each layer, built; they end with the stack."""
     progress(f"{num_heads} heads: starting")
     specs = {RIVAL: settings.spec(settings.layers[0], num_heads)}
     specs |= {layer: settings.spec(layer, num_heads) for layer in settings.layers}
-    workers = []
-    for name in specs:  # all start before the first builds, so that their imports overlap
-        workers.append(Worker(name))
-        stack.callback(workers[-1].close)
-    options = {"device": device, "threads": settings.threads, "dtype": settings.dtype}
+    workers = start_workers(stack, specs)
+    options = {"device": device.type, "threads": settings.threads, "dtype": settings.dtype}
     for worker in workers:
         worker.call("build_layer", spec=specs[worker.name], cumulative_sum=worker.name == RIVAL, **options)
     return workers

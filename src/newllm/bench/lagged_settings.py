@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from newllm.evaluation.bench_settings import LayerBench, refuse_twice
+from newllm.bench.settings import LayerBench, refuse_twice
 from newllm.settings import LaggedSettings, Precision, RunSettings, UserError, nearest, resolve
 
 STEP_BY_STEP, LAGGED = "step_by_step", "lagged"

@@ -3,21 +3,23 @@
 import contextlib
 import json
 import platform
-import signal
-import subprocess
 import sys
-import tempfile
 
 import pytest
 import torch
+from here_worker import HereWorker
 from hypothesis import given
 from hypothesis import strategies as st
 
+from newllm.bench import rounds, worker
+from newllm.bench.decode import bench_decode
+from newllm.bench.memory import bench_memory
+from newllm.bench.rivals import NAMES, build_rival, rival_cache
+from newllm.bench.settings import BenchSettings, DecodeBench, MemoryBench, TrainBench
+from newllm.bench.train import bench_train
+from newllm.bench.worker import BenchWork, build_subject, weight_bytes
 from newllm.commands.bench import TABLE_WIDTH, run, table
-from newllm.evaluation import bench, cache_bytes, processes
-from newllm.evaluation.bench_settings import BenchSettings, DecodeBench, MemoryBench, TrainBench
-from newllm.evaluation.rivals import NAMES, build_rival, rival_cache
-from newllm.evaluation.worker import Work, build_model, weight_bytes
+from newllm.evaluation import cache_bytes
 from newllm.models import create_model
 from newllm.settings import UserError
 
@@ -31,29 +33,16 @@ def quiet(_: str) -> None:
     """No progress."""
 
 
-def work_on(**subject) -> Work:
-    work = Work()
+def work_on(**subject) -> BenchWork:
+    work = BenchWork()
     work.build(subject | SHAPE, device="cpu", threads=None)
     work.infer("float32")
     return work
 
 
-class HereWorker:
-    """A worker without a process of its own: starting one takes seconds."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.work = name, Work()
-
-    def call(self, command: str, **arguments) -> dict:
-        return json.loads(json.dumps(getattr(self.work, command)(**arguments)))
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(bench, "Worker", HereWorker)
+    monkeypatch.setattr(rounds, "BenchWorker", HereWorker)
 
 
 # The rivals.
@@ -61,14 +50,14 @@ def here(monkeypatch):
 
 def test_gpt_neox_has_the_weights_of_ours():
     subjects = BenchSettings(**SHAPE, models=["pythia"], rivals=["gpt_neox", "gpt_neox_static"]).subjects(64)
-    assert len({sum(p.numel() for p in build_model(subject).parameters()) for subject in subjects}) == 1
+    assert len({sum(p.numel() for p in build_subject(subject).parameters()) for subject in subjects}) == 1
 
 
 @pytest.mark.parametrize("rank", [64, 128])
 def test_deepseek_caches_one_latent_and_its_rotary_part_and_has_about_the_weights_of_ours(rank):
     shape = {"hidden_size": 512, "num_layers": 1, "num_heads": 8, "intermediate_size": 2048, "vocab_size": 64}
     settings = BenchSettings(**shape, models=[], rivals=["deepseek_v3"], kv_lora_rank=rank)
-    model = build_model(*settings.subjects(64)).eval()
+    model = build_subject(*settings.subjects(64)).eval()
     with torch.no_grad():
         cache = model(torch.randint(64, (1, 10)), use_cache=True).past_key_values
     assert cache_bytes(cache).used == 10 * (rank + 16) * 4
@@ -137,8 +126,8 @@ def test_of_the_input_embedding_a_step_reads_a_row_for_each_token(rows, tied):
 
 def test_bandwidth_is_that_of_the_fastest_reduction(monkeypatch):
     times = iter([[0.5, 0.4], [0.25, 0.3], [0.6]])
-    monkeypatch.setattr(Work, "_repeat", lambda self, step, seconds: next(times))
-    assert Work().bandwidth("cpu", None, megabytes=3, seconds=1)["bytes_per_second"] == 3 * 2**20 / 0.25
+    monkeypatch.setattr(worker, "repeat", lambda step, device, seconds: next(times))
+    assert BenchWork().bandwidth("cpu", None, megabytes=3, seconds=1)["bytes_per_second"] == 3 * 2**20 / 0.25
 
 
 # The three benchmarks.
@@ -148,7 +137,7 @@ def test_training_is_compared_with_rivals_and_the_first_model(here):
     settings = TrainBench(
         **SHAPE | {"vocab_size": 4096}, models=["pythia", "mqa"], seq_lengths=[8, 16], batch_size=2, rounds=3, steps=1
     )
-    result = bench.bench_train(settings, quiet)
+    result = bench_train(settings, quiet)
     assert result["references"] == ["gpt_neox", "pythia"]
     for case, length in zip(result["cases"], [8, 16], strict=True):
         assert [row["model"] for row in case["rows"]] == ["gpt_neox", "pythia", "mqa"]
@@ -168,7 +157,7 @@ def decode_settings(**changes) -> DecodeBench:
 
 
 def test_decoding_is_measured_in_both_types_for_each_batch_and_context(here):
-    result = bench.bench_decode(decode_settings(), quiet)
+    result = bench_decode(decode_settings(), quiet)
     assert [(c["batch_size"], c["context"]) for c in result["cases"]] == [(1, 12), (1, 20), (2, 12), (2, 20)]
     assert result["ceiling_bytes_per_second"] == max(result["ceiling_rounds"])
     assert len(result["ceiling_rounds"]) == 4 * 2
@@ -208,7 +197,7 @@ def test_steps_of_the_warm_up_are_not_counted():
 
 def test_there_need_not_be_a_warm_up(here):
     settings = decode_settings(models=["pythia"], rivals=[], contexts=[12], batch_sizes=[1], warmup=0, steps=1)
-    for row in bench.bench_decode(settings, quiet)["cases"][0]["rows"]:
+    for row in bench_decode(settings, quiet)["cases"][0]["rows"]:
         assert row["cache_bytes"] == (12 + 1) * 2 * 2 * 32 * (2 if row["dtype"] == "bfloat16" else 4)
 
 
@@ -219,9 +208,9 @@ def test_memory_is_that_of_the_cache_at_the_end_of_each_context_in_a_fresh_proce
         started.append(name)
         return HereWorker(name)
 
-    monkeypatch.setattr(bench, "Worker", start)
+    monkeypatch.setattr(rounds, "BenchWorker", start)
     settings = MemoryBench(**SHAPE, models=MODELS, contexts=[64, 16], steps=4, dtype="float32")
-    result = bench.bench_memory(settings, quiet)
+    result = bench_memory(settings, quiet)
     assert [case["context"] for case in result["cases"]] == [16, 64]
     assert started == [*NAMES, *MODELS] * 2
     for case in result["cases"]:
@@ -270,58 +259,19 @@ def test_a_table_of_100_columns_then_one_line_of_json(here, capsys):
     ],
 )
 def test_wrong_settings_are_told_before_anything_starts(settings, message, monkeypatch):
-    monkeypatch.setattr(bench, "Worker", None)
-    kinds = {TrainBench: bench.bench_train, DecodeBench: bench.bench_decode, MemoryBench: bench.bench_memory}
+    monkeypatch.setattr(rounds, "BenchWorker", None)
+    kinds = {TrainBench: bench_train, DecodeBench: bench_decode, MemoryBench: bench_memory}
     with pytest.raises(UserError, match=message):
         kinds[type(settings)](settings, quiet)
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("raise SystemExit(3)", "the process ended with code 3"),
-        ("1 / 0", "the process ended with code 1: ZeroDivisionError: division by zero"),
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGTERM)})", "the process was killed (signal 15, SIGTERM)"),
-        (
-            f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})",
-            "the process was killed (signal 9): out of memory?",
-        ),
-    ],
-)
-def test_a_death_is_told_in_one_line(code, said):
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=errors, text=True)
-        assert processes.cause_of_death(process, errors) == said
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("print('{\"seconds\": [1.', end='', flush=True); os._exit(3)", "the process ended with code 3"),
-        ("os.close(1); time.sleep(60)", "the process no longer answers, though it still runs"),
-    ],
-)
-def test_a_worker_that_answers_nothing_or_half_is_told_in_one_line(code, said, monkeypatch):
-    start = subprocess.Popen
-    command = [sys.executable, "-c", f"import os, time; {code}"]
-    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: start(command, **options))
-    monkeypatch.setattr(processes, "DEATH_SECONDS", 0.2 if "sleep" in code else 60.0)
-    worker = processes.Worker("gqa")
-    try:
-        with pytest.raises(processes.WorkerError) as error:
-            worker.call("train")
-        assert str(error.value) == f"gqa: train: {said}"
-    finally:
-        worker.close()
 
 
 def test_what_was_measured_before_is_not_in_the_memory_without_a_cache(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shape = SHAPE | {"hidden_size": 256, "num_layers": 4}
-    with contextlib.closing(processes.Worker("pythia")) as worker:
-        worker.call("build", subject={"model": "pythia"} | shape, device="cpu", threads=1)
+    with contextlib.closing(rounds.BenchWorker("pythia")) as process:
+        process.call("build", subject={"model": "pythia"} | shape, device="cpu", threads=1)
         work = {"dtype": "float32", "chunk": 256, "steps": 4}
-        short, long = (worker.call("decode_memory", context=context, **work) for context in (512, 2048))
+        short, long = (process.call("decode_memory", context=context, **work) for context in (512, 2048))
     assert long["used"] == 2048 * 4 * 2 * 256 * 4
     if sys.platform == "linux":  # the peak can be reset
         assert 1 < (long["peak_bytes"] - long["resident_bytes"]) / long["used"] < 2

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from typing import Any
+from importlib.metadata import version
+from typing import Any, Literal
 
-import accelerate
 import psutil
 import torch
-import transformers
 
-from newllm.settings import CommonSettings, UserError
+from newllm.settings import Precision, UserError
 
 
-def resolve_device(settings: CommonSettings) -> torch.device:
+def resolve_device(device: str) -> torch.device:
     """The device of `--device`; 'auto' is cuda where there is one, else cpu."""
-    if settings.device not in ("auto", "cpu", "cuda"):
+    if device not in ("auto", "cpu", "cuda"):
         raise UserError(
-            f"--device is '{settings.device}': it must be auto, cpu or cuda (choose a GPU with CUDA_VISIBLE_DEVICES)"
+            f"--device is '{device}': it must be auto, cpu or cuda (choose a GPU with CUDA_VISIBLE_DEVICES)"
         )
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is 'cuda', but torch finds no CUDA GPU here: use --device cpu or auto")
-    if settings.device == "auto":
+    if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
+    return torch.device(device)
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -35,11 +34,11 @@ def native_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def resolve_precision(settings: CommonSettings, device: torch.device) -> str:
-    """'bf16' or 'float32'; 'auto' is bf16 where the device computes it natively."""
-    if settings.precision == "auto":
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf16", "float32"]:
+    """What `--precision` means here; 'auto' is bf16 where the device computes it natively."""
+    if precision == "auto":
         return "bf16" if native_bf16(device) else "float32"
-    return settings.precision
+    return precision
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -47,10 +46,10 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def set_threads(settings: CommonSettings) -> None:
+def set_threads(threads: int | None) -> None:
     """Applies `--threads`. Results are bit-equal from run to run only for the same number of threads."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def machine_info() -> dict[str, Any]:
@@ -65,8 +64,8 @@ def machine_info() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
+        "transformers": version("transformers"),
+        "accelerate": version("accelerate"),
     }
     if torch.cuda.is_available():
         info |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}

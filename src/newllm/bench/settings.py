@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from newllm.evaluation.rivals import NAMES, Rival
+from newllm.bench.rivals import NAMES, Rival
 from newllm.settings import Precision, UserError, nearest
 
 

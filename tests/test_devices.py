@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from newllm.settings import RunSettings, UserError
-from newllm.training import autocast, machine_info, resolve_device, resolve_precision
+from newllm.devices import autocast, machine_info, resolve_device, resolve_precision
+from newllm.settings import UserError
 
 CPU = torch.device("cpu")
 
@@ -12,20 +12,20 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["gpu", "cuda:0", "mps", ""])
 def test_an_unknown_device_is_refused(device):
     with pytest.raises(UserError, match="auto, cpu or cuda"):
-        resolve_device(RunSettings(device=device))
+        resolve_device(device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(UserError, match="no CUDA GPU"):
-        resolve_device(RunSettings(device="cuda"))
+        resolve_device("cuda")
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch):
-    assert resolve_precision(RunSettings(precision="bf16"), CPU) == "bf16"
+    assert resolve_precision("bf16", CPU) == "bf16"
     for has, expected in ((True, "bf16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
-        assert resolve_precision(RunSettings(), CPU) == expected
+        assert resolve_precision("auto", CPU) == expected
 
 
 def test_autocast_computes_in_the_named_precision():

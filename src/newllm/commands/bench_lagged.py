@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from newllm.bench.lagged import bench_lagged
+from newllm.bench.lagged_settings import LaggedBench
 from newllm.commands.bench import TABLE_WIDTH
-from newllm.evaluation.bench_lagged import bench_lagged
-from newllm.evaluation.bench_lagged_settings import LaggedBench
 from newllm.evaluation.processes import WorkerError
 from newllm.experiments.results import number, with_interval
 from newllm.experiments.statistics import Estimate, estimate

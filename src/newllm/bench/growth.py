@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from newllm.evaluation.bench import Progress, Row, compare_rounds, described, device_and_precision, text_ids
-from newllm.evaluation.bench_settings import GrowthBench
-from newllm.evaluation.processes import Worker
+from newllm.bench.rounds import Progress, Row, compare_rounds, described, start_workers, text_ids
+from newllm.bench.settings import GrowthBench
+from newllm.devices import resolve_device
 
 
 def bench_growth(settings: GrowthBench, progress: Progress) -> dict[str, Any]:
@@ -27,20 +27,18 @@ def bench_growth(settings: GrowthBench, progress: Progress) -> dict[str, Any]:
         state, peak_bytes while decoding; speed_ratios towards the first model, see `compare_rounds`.
     """
     settings.check()
-    device, _ = device_and_precision(settings, "auto")
+    device = resolve_device(settings.device)
     references = settings.models[:1]
     turn = settings.warmup + settings.steps
     cases = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         ids = text_ids(Path(folder), settings.vocab_size, progress)
-        workers = [Worker(model) for model in settings.models]
+        workers = start_workers(stack, settings.models)
         resident: dict[str, int] = {}
-        for worker in workers:
-            stack.callback(worker.close)
         for worker in workers:
             progress(f"growth: starting {worker.name}")
             subject = {"model": worker.name} | settings.shape()
-            worker.call("build", subject=subject, device=device, threads=settings.threads)
+            worker.call("build", subject=subject, device=device.type, threads=settings.threads)
             start = worker.call("start_stream", dtype=settings.dtype, chunk=settings.chunk, ids=ids)
             resident[worker.name] = start["resident_bytes"]
         for mark in sorted(settings.marks):

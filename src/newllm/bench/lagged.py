@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from newllm.evaluation.bench import Progress, Row, compare_rounds, described, device_and_precision, text_ids
-from newllm.evaluation.bench_lagged_settings import LaggedBench, method_settings
+from newllm.bench.lagged_settings import LaggedBench, method_settings
+from newllm.bench.rounds import Progress, Row, compare_rounds, described, start_workers, text_ids
+from newllm.devices import resolve_device, resolve_precision
 from newllm.evaluation.perplexity import perplexity, token_weighted_loss
 from newllm.evaluation.processes import Worker
 from newllm.settings import RunSettings
@@ -34,7 +35,8 @@ def bench_lagged(settings: LaggedBench, progress: Progress) -> dict[str, Any]:
         `compare_quality`; or None.
     """
     settings.check()
-    device, precision = device_and_precision(settings, settings.precision)
+    device = resolve_device(settings.device)
+    precision = resolve_precision(settings.precision, device)
     references = settings.methods[:1]
     work: dict[str, Any] = {"batch_size": settings.batch_size, "seq_length": settings.seq_length}
     work |= {"precision": precision, "warmup": settings.warmup, "steps": settings.steps}
@@ -42,11 +44,9 @@ def bench_lagged(settings: LaggedBench, progress: Progress) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         work["ids"] = text_ids(Path(folder), settings.vocab_size, progress)
         progress("lagged: starting")
-        workers = [Worker(method) for method in settings.methods]
+        workers = start_workers(stack, settings.methods)
         for worker in workers:
-            stack.callback(worker.close)
-        for worker in workers:
-            worker.call("build", subject=subject, device=device, threads=settings.threads)
+            worker.call("build", subject=subject, device=device.type, threads=settings.threads)
         rows: list[Row] = [{"model": worker.name, "rounds": []} for worker in workers]
         discrete: list[list[float]] = [[] for _ in workers]
         for n in range(settings.rounds):
@@ -128,12 +128,12 @@ def steps_within(row: Row, seconds: float, epoch: float) -> int:
 def train_once(run: RunSettings, data: PreparedData) -> dict[str, Any]:
     """One run of `compare_quality`."""
     from newllm.models import load_model
-    from newllm.training import resolve_device, train
+    from newllm.training import train
 
     with tempfile.TemporaryDirectory() as folder:
         result = train(run, data, Path(folder) / "run")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        model = load_model(Path(folder) / "run").to(resolve_device(run))  # type: ignore[arg-type]
+        model = load_model(Path(folder) / "run").to(resolve_device(run.device))  # type: ignore[arg-type]
     return {
         "val_ppl": perplexity(result.best_val_loss),
         "test_ppl": perplexity(token_weighted_loss(model, data.splits["test"], run)),

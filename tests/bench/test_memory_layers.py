@@ -8,15 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from here_worker import HereWorker
 from hypothesis import given
 from hypothesis import strategies as st
 
+from newllm.bench import growth, rounds
+from newllm.bench.cumulative_sum import as_cumulative_sum
+from newllm.bench.rounds import BenchWorker
+from newllm.bench.settings import GrowthBench, ReadingBench
+from newllm.bench.stream import Stream
 from newllm.commands.bench import TABLE_WIDTH, run
-from newllm.evaluation import bench_growth, bench_reading, cache_bytes, processes
-from newllm.evaluation.bench_settings import GrowthBench, ReadingBench
-from newllm.evaluation.cumulative_sum import as_cumulative_sum
-from newllm.evaluation.stream import Stream
-from newllm.evaluation.worker import Work
+from newllm.evaluation import cache_bytes
 from newllm.models import create_model
 from newllm.models.layers import create_layer
 from newllm.settings import UserError
@@ -26,25 +28,11 @@ SHAPE = LAYER | {"num_layers": 2, "num_heads": 4, "vocab_size": 64}
 MODELS = ["pythia", "infini:segment_length=8", "infini_all:segment_length=8,memory_head_dim=4"]
 
 
-class HereWorker:
-    """A worker without a process of its own."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.work = name, Work()
-
-    def call(self, command: str, **arguments) -> dict:
-        return json.loads(json.dumps(getattr(self.work, command)(**arguments)))
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(100) % 64)
-    monkeypatch.setattr(bench_growth, "text_ids", lambda *_: str(tmp_path / "ids.npy"))
-    for module in (bench_reading, bench_growth):
-        monkeypatch.setattr(module, "Worker", HereWorker)
+    monkeypatch.setattr(growth, "text_ids", lambda *_: str(tmp_path / "ids.npy"))
+    monkeypatch.setattr(rounds, "BenchWorker", HereWorker)
 
 
 def quiet(_: str) -> None:
@@ -78,7 +66,7 @@ def test_the_cumulative_sum_needs_the_memory_that_the_settings_reckon_with():
     assert settings.rival_rows(num_heads=2) == 1
     settings.rival_gigabytes = 100.0
     assert settings.rival_rows(num_heads=2) == 2
-    with contextlib.closing(processes.Worker("rival")) as worker:
+    with contextlib.closing(BenchWorker("rival")) as worker:
         spec = settings.spec("infini:local=linear,num_memory_banks=0", num_heads=2)
         worker.call("build_layer", spec=spec, cumulative_sum=True, device="cpu", threads=1, dtype="float32")
         answer = worker.call("read_layer", rows=2, length=8192, warmup=1, steps=1)
@@ -200,7 +188,6 @@ def test_state_is_measured_at_each_mark_and_drawn(tmp_path, capsys):
     ],
 )
 def test_wrong_settings_are_told_before_anything_starts(settings, message, monkeypatch):
-    for module in (bench_reading, bench_growth):
-        monkeypatch.setattr(module, "Worker", None)
+    monkeypatch.setattr(rounds, "BenchWorker", None)
     with pytest.raises(UserError, match=message):
         run(settings)
