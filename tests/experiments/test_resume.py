@@ -15,7 +15,7 @@ from newllm.cli import main
 from newllm.data.corpora import open_corpus
 from newllm.models.reconstruction import Reconstruction
 from newllm.settings import DataSettings
-from newllm.training import run, trainer
+from newllm.training import exact, run
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def test_killed_at_the_worst_moments(flags, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     moments = [
         (run, "claim_run_folder", []),  # before anything
-        (trainer.LMTrainer, "_save_rng_state", ["checkpoint-1.incomplete"]),  # in the middle of the first checkpoint
-        (trainer, "remove_except", ["checkpoint-1"]),  # just after it became complete
-        (run, "read_state", ["checkpoint-1"]),  # when it is about to continue
+        (exact.ExactTrainer, "_save_rng_state", ["checkpoint-1.incomplete"]),  # in the middle of the first checkpoint
+        (exact, "remove_except", ["checkpoint-1"]),  # just after it became complete
+        (exact, "read_state", ["checkpoint-1"]),  # when it is about to continue
         (run, "write_result", ["checkpoint-120", "model"]),  # between the model and its result.json
     ]
     for where, name, left in moments:
@@ -132,13 +132,13 @@ def test_two_phases_killed_at_the_worst_moments(two_phase_flags, two_phases_unin
     folder = tmp_path / "run"
     first = "reconstruction"
     moments = [
-        (trainer.LMTrainer, "_save_rng_state", [f"{first}/checkpoint-1.incomplete"]),  # in the first phase
-        (trainer, "remove_except", [f"{first}/checkpoint-1"]),  # at its first complete checkpoint
-        (run, "read_state", [f"{first}/checkpoint-1"]),  # when it is about to continue
+        (exact.ExactTrainer, "_save_rng_state", [f"{first}/checkpoint-1.incomplete"]),  # in the first phase
+        (exact, "remove_except", [f"{first}/checkpoint-1"]),  # at its first complete checkpoint
+        (exact, "read_state", [f"{first}/checkpoint-1"]),  # when it is about to continue
         (run, "TrainResult", [f"{first}/checkpoint-30"]),  # at its end
         (Reconstruction, "freeze", [f"{first}/checkpoint-30"]),  # between the phases
-        (trainer.LMTrainer, "_save_rng_state", [f"{first}/checkpoint-30", "checkpoint-1.incomplete"]),  # in the second
-        (trainer, "remove_except", [f"{first}/checkpoint-30", "checkpoint-1"]),
+        (exact.ExactTrainer, "_save_rng_state", [f"{first}/checkpoint-30", "checkpoint-1.incomplete"]),  # in the second
+        (exact, "remove_except", [f"{first}/checkpoint-30", "checkpoint-1"]),
         (run, "write_result", [f"{first}/checkpoint-30", "checkpoint-30", "model"]),  # before result.json is written
         (run, "remove_except", [f"{first}/checkpoint-30", "checkpoint-30", "model"]),  # and just after
     ]

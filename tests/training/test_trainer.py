@@ -15,7 +15,7 @@ from newllm.data.corpora import open_corpus
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import load_model
 from newllm.settings import DataSettings, RunSettings, UserError, resolve
-from newllm.training import new_model, train, trainer
+from newllm.training import exact, new_model, train, trainer
 
 STEP = 4 * 32  # tokens of an optimizer step
 
@@ -170,9 +170,9 @@ def test_a_full_disk_is_one_line_and_the_run_continues_exactly(text, tmp_path, m
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return save_weights(model, path)
 
-    save_weights = trainer.save_weights
+    save_weights = exact.save_weights
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_weights", save_or_fail)
+        patch.setattr(exact, "save_weights", save_or_fail)
         with pytest.raises(UserError, match="no space left"):
             run(settings, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-20"]

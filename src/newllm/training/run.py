@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
-from safetensors.torch import load_model as load_weights
 
 from newllm.data.tasks import TASKS, WithTasks, stack_windows, task_shares, training_tasks
 from newllm.data.windows import StreamDataset, TaskDataset, WindowDataset
@@ -24,10 +23,8 @@ from newllm.models import TransformerLM, create_model
 from newllm.models.projection import DProjLM
 from newllm.models.reconstruction import Reconstruction
 from newllm.settings import CommonSettings, RunSettings, UserError
-from newllm.training.callbacks import MetricsCallback, ProgressCallback, Schedule, TrainProgress, out_of_patience
+from newllm.training.callbacks import MetricsCallback, ProgressCallback, Schedule, TrainProgress
 from newllm.training.checkpoints import (
-    checkpoint_folder,
-    checkpoints,
     claim_run_folder,
     complete_folder,
     explaining_full_disk,
@@ -39,7 +36,7 @@ from newllm.training.checkpoints import (
 from newllm.training.lagged_store import remove_states
 from newllm.training.projection import PROJECTION, ProjectionResult, train_projection
 from newllm.training.suitability import check_suitability
-from newllm.training.trainer import WEIGHTS, LMTrainer, read_state, training_arguments
+from newllm.training.trainer import LMTrainer, training_arguments
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
@@ -206,15 +203,7 @@ def _train_phase(
     )
     if on_progress is not None:
         trainer.add_callback(ProgressCallback(settings, schedule, tokens_per_step, phase, on_progress))
-
-    complete = checkpoints(folder)
-    newest = complete[-1] if complete else None
-    state = read_state(newest) if newest is not None else None
-    if state is None or not (state.global_step >= schedule.total_steps or out_of_patience(state.log_history, settings)):
-        state = trainer.run(newest)
-
-    best = checkpoint_folder(folder, state.best_global_step)  # type: ignore[arg-type]
-    load_weights(model, best / WEIGHTS)
+    state = trainer.finish()
     seconds = state.log_history[-1]["seconds"]
     tokens = state.global_step * tokens_per_step
     return TrainResult(

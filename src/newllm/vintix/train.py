@@ -17,12 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_model as load_weights
 
 from newllm.devices import resolve_device, resolve_precision, set_threads
 from newllm.training.checkpoints import (
-    checkpoint_folder,
-    checkpoints,
     claim_run_folder,
     complete_folder,
     explaining_full_disk,
@@ -37,7 +34,7 @@ from newllm.vintix.inference import VintixEngine
 from newllm.vintix.model import GROUP_KEYS, VintixConfig, VintixModel
 from newllm.vintix.play import agent, interquartile_mean, normalised, play
 from newllm.vintix.settings import VintixModelSettings, VintixRun, model_values
-from newllm.vintix.trainer import WEIGHTS, VintixProgress, VintixTrainer, read_state
+from newllm.vintix.trainer import VintixProgress, VintixTrainer
 
 DATA_FILE = "data.json"
 VALIDATION_SEED = 1_000_003  # of the starting states of validation tasks: the same at every evaluation of every run
@@ -107,12 +104,7 @@ def _train(
         train_dataset=windows,  # type: ignore[arg-type]
         data_collator=stack,
     )
-    complete = checkpoints(folder)
-    newest = complete[-1] if complete else None
-    state = read_state(newest) if newest is not None else None
-    if state is None or state.global_step < run.steps:
-        state = trainer.run(newest)
-    load_weights(model, checkpoint_folder(folder, state.best_global_step) / WEIGHTS)  # type: ignore[arg-type]
+    state = trainer.finish()
     with complete_folder(folder / "model") as staging:
         model.save_pretrained(staging)
     return VintixTrainResult(
