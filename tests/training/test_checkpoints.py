@@ -1,13 +1,8 @@
-"""Folders that are complete or not there, locks, and who owns a run folder."""
+"""Folders that are complete or not there, and who owns a run folder."""
 
 import errno
-import json
 import os
-import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 
 from newllm.settings import RunSettings, UserError, resolve
@@ -15,8 +10,6 @@ from newllm.training.checkpoints import (
     checkpoints,
     claim_run_folder,
     complete_folder,
-    create_lock,
-    lock,
     read_result,
     remove_except,
     remove_incomplete,
@@ -69,44 +62,6 @@ def test_a_text_file_is_replaced_whole(tmp_path):
     write_whole(tmp_path / "result.json", "old")
     write_whole(tmp_path / "result.json", "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
-
-
-def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path):
-    parent = psutil.Process(os.getppid())
-    path = tmp_path / "run.lock"
-    path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time()}))
-    with pytest.raises(UserError, match=f"process {parent.pid}"), lock(tmp_path / "run"):
-        pass
-    path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time() + 2}))  # the clock was set
-    with pytest.raises(UserError, match=f"process {parent.pid}"), lock(tmp_path / "run"):
-        pass
-    path.write_text(json.dumps({"pid": parent.pid, "started": parent.create_time() - 60}))  # the id was used again
-    with lock(tmp_path / "run"):
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-        with lock(tmp_path / "run"):  # the process that has it may enter again
-            pass
-        assert path.exists()
-    assert not path.exists()
-
-
-def test_of_many_that_take_a_lock_at_once_one_gets_it(tmp_path):
-    (tmp_path / "run.lock").write_text("")  # its process was killed between making and writing it
-    with lock(tmp_path / "run"):
-        (tmp_path / "run.lock").unlink()
-        with ThreadPoolExecutor(8) as pool:
-            made = list(pool.map(create_lock, [tmp_path / "run.lock"] * 8))
-    assert sorted(made) == [False] * 7 + [True]
-
-
-def test_a_zombie_holds_no_lock(tmp_path):
-    ended = subprocess.Popen(["true"])
-    process = psutil.Process(ended.pid)
-    (tmp_path / "run.lock").write_text(json.dumps({"pid": ended.pid, "started": process.create_time()}))
-    while process.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
-    with lock(tmp_path / "run"):
-        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
-    ended.wait()
 
 
 def test_a_run_folder_continues_the_same_run_and_keeps_others_aside(tmp_path):

@@ -19,7 +19,8 @@ def train(settings: RunSettings, out: str | None) -> None:
     from newllm.models import check_model_spec, load_plugin
     from newllm.training import check_loggers, check_suitability
     from newllm.training import train as run
-    from newllm.training.checkpoints import lock, make_folder, refuse_other_files
+    from newllm.training.checkpoints import make_folder, refuse_other_files
+    from newllm.training.locks import lock
 
     resolve_device(settings.device)
     check_loggers(settings)

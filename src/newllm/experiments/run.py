@@ -10,7 +10,8 @@ from newllm.experiments.rows import make_row
 from newllm.settings import RunSettings, UserError
 from newllm.training import train
 from newllm.training.callbacks import TrainProgress
-from newllm.training.checkpoints import ERROR_FILE, claim_run_folder, lock, read_result, write_result
+from newllm.training.checkpoints import ERROR_FILE, claim_run_folder, read_result, write_result
+from newllm.training.locks import lock
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData

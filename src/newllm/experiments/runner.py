@@ -42,11 +42,11 @@ from newllm.training.checkpoints import (
     ERROR_FILE,
     claim_run_folder,
     explaining_full_disk,
-    lock,
     make_folder,
     read_result,
     write_whole,
 )
+from newllm.training.locks import lock
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData

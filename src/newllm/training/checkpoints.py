@@ -12,12 +12,10 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 from safetensors import SafetensorError
 
 from newllm.settings import RunSettings, UserError, to_yaml
@@ -25,7 +23,6 @@ from newllm.settings import RunSettings, UserError, to_yaml
 INCOMPLETE = ".incomplete"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 ERROR_FILE = "error.txt"  # what went wrong in a run of a comparison
-CLOCK_TOLERANCE = 5.0  # seconds; the start time of a process moves when the system's clock is set
 
 
 @contextlib.contextmanager
@@ -105,73 +102,6 @@ def write_whole(path: Path, text: str) -> None:
     with explaining_full_disk(path.parent):
         staging.write_text(text, encoding="utf-8")
         staging.replace(path)
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a folder. The lock of a process that is no more is taken over.
-
-    The process that has it may enter again. The file NAME.lock stands beside the folder, since the folder itself may be
-    renamed.
-    """
-    path = folder.parent / f"{folder.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not take_lock(path, folder):
-        yield
-        return
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def take_lock(path: Path, folder: Path) -> bool:
-    """Makes the lock file; False where this process has it already. Raises UserError where another one has it."""
-    while not create_lock(path):
-        holder = lock_holder(path)
-        if holder is not None and is_running(**holder):
-            if holder["pid"] == os.getpid():
-                return False
-            raise UserError(
-                f"another newllm (process {holder['pid']}) works in {folder}: wait for it, or give another --out"
-            )
-        path.unlink(missing_ok=True)
-    return True
-
-
-def create_lock(path: Path) -> bool:
-    """Makes the lock file in the name of this process; False where there is one already. Of several, one succeeds."""
-    me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-    try:
-        with explaining_full_disk(path.parent), path.open("x") as file:
-            file.write(json.dumps(me))
-    except FileExistsError:
-        return False
-    except PermissionError as error:
-        raise UserError(f"no permission to write {path}, which keeps a second process out of that folder") from error
-    return True
-
-
-def lock_holder(path: Path) -> dict[str, Any] | None:
-    """Process id and start time of the process that made a lock file; None where nobody holds it."""
-    for _ in range(2):
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            return json.loads(path.read_text())
-        time.sleep(0.1)  # it has just been made and is still empty; or its process was killed right there
-    return None
-
-
-def is_running(pid: int, started: float) -> bool:
-    """A process id is used again some day; together with the time of its start it is unique.
-
-    A zombie has ended; where nobody collects the children of a killed process, it stays.
-    """
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started) <= CLOCK_TOLERANCE
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def make_folder(folder: Path) -> None:

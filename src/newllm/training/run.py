@@ -28,12 +28,12 @@ from newllm.training.checkpoints import (
     claim_run_folder,
     complete_folder,
     explaining_full_disk,
-    lock,
     remove_except,
     remove_incomplete,
     write_result,
 )
 from newllm.training.lagged_store import remove_states
+from newllm.training.locks import lock
 from newllm.training.projection import PROJECTION, ProjectionResult, train_projection
 from newllm.training.suitability import check_suitability
 from newllm.training.trainer import LMTrainer, training_arguments

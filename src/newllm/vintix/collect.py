@@ -35,7 +35,8 @@ def collect(settings: CollectSettings, out: Path, say: Callable[[str], None] = p
         UserError: a value out of range, an unknown environment, a missing package, a folder that cannot be written or
             holds something else.
     """
-    from newllm.training.checkpoints import complete_folder, lock, make_folder, write_whole
+    from newllm.training.checkpoints import complete_folder, make_folder, write_whole
+    from newllm.training.locks import lock
 
     settings.check_collect()
     require("h5py")

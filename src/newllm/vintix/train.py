@@ -23,11 +23,11 @@ from newllm.training.checkpoints import (
     claim_run_folder,
     complete_folder,
     explaining_full_disk,
-    lock,
     remove_except,
     write_result,
     write_whole,
 )
+from newllm.training.locks import lock
 from newllm.vintix.data import Histories, HistoryDataset, read_histories
 from newllm.vintix.environments import from_spec
 from newllm.vintix.inference import VintixEngine
