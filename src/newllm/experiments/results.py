@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from newllm.experiments.columns import ALL_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, Column
 from newllm.experiments.statistics import Difference, Estimate, estimate, paired_difference
 from newllm.settings import UserError
+from newllm.training.checkpoints import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,9 +66,7 @@ def write_results(folder: Path, results: Results) -> Path:
     """Writes results.json so that a reader sees the old file or the new one, never half of one."""
     path = folder / FILE_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(_finite(results), indent=1, allow_nan=False, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(_finite(results), indent=1, allow_nan=False, ensure_ascii=False))
     return path
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from newllm.settings import RunSettings, UserError
-from newllm.training.checkpoints import INCOMPLETE
+from newllm.training.checkpoints import write_whole
 
 LOG_POINTS, LONGEST_LOG_WINDOW = 100, 25  # points of a loss curve, and the most steps one of them averages
 
@@ -172,9 +172,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        staging = self.path.with_name(self.path.name + INCOMPLETE)
-        staging.write_text("".join(map(metrics_line, state.log_history)))
-        staging.replace(self.path)
+        write_whole(self.path, "".join(map(metrics_line, state.log_history)))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         with self.path.open("a") as file:
