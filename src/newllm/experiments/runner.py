@@ -13,13 +13,13 @@ import shlex
 import sys
 import tempfile
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
+from newllm import __version__
 from newllm.data import prepare
 from newllm.data.recall import RecallDataset
 from newllm.data.reversal import ReversalTask
@@ -268,7 +268,7 @@ class Comparison:
             "data": self.data.info,
             "baseline": self.settings.models[0],
             "created": self.created,
-            "version": version("new-llm"),
+            "version": __version__,
             "rows": self.rows,
             "failed": self.failed(),
         }
