@@ -1,4 +1,4 @@
-"""The pages in Markdown: nothing left to fill in, and every relative link leads to a file."""
+"""The pages in Markdown: nothing left to fill in, and every relative link leads to a file, and to a heading in it."""
 
 import re
 from pathlib import Path
@@ -42,9 +42,41 @@ def test_no_placeholder_is_left(page):
     assert found <= NAMES
 
 
+def prose(page):
+    """The text of a page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page):
+    """What the headings of a page are called in links, as GitHub makes it: words in lower case with hyphens between.
+
+    A heading that was there before gets a number.
+    """
+    found = []
+    for heading in re.findall(r"^#+ +(.+?)[ #]*$", prose(page), flags=re.MULTILINE):
+        shown = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        found.append(re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-"))
+    numbered = [f"{name}-{found[:n].count(name)}" if name in found[:n] else name for n, name in enumerate(found)]
+    return {*numbered, *re.findall(r"<a (?:id|name)=\"([^\"]+)\"", prose(page))}
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# `mla`: what it is\n\n## Why, and [how](x.md)?\n\n```\n# no heading\n```\n## A  b_c\n### A  b_c\n"
+    )
+    assert anchors(page) == {"mla-what-it-is", "why-and-how", "a--b_c", "a--b_c-1"}
+
+
 @pages
 def test_relative_links_lead_somewhere(page):
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    targets = re.findall(r"\]\(<?([^)\s>]+)", text)
-    relative = [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
-    assert not [target for target in relative if not (page.parent / target).exists()]
+    links = re.findall(r"\]\(<?([^)\s>]+)", prose(page))
+    lost = []
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            lost.append(link)
+    assert not lost
