@@ -17,3 +17,11 @@ settings.load_profile("newllm")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The folder of an excerpt to train on, for `tiny_runs.tiny`."""
+    from tiny_runs import excerpt  # loads transformers: not for every test
+
+    return excerpt(tmp_path_factory.mktemp("text"))

@@ -13,12 +13,12 @@ import types
 import psutil
 import pytest
 import torch
+from tiny_runs import STEP, tiny_comparison
 
 from newllm.cli import main
-from newllm.data.corpora import open_corpus
 from newllm.experiments import jobs, runner
 from newllm.experiments.results import read_results
-from newllm.settings import DataSettings, ExperimentSettings, UserError, resolve
+from newllm.settings import UserError, resolve
 from newllm.training.checkpoints import checkpoints, read_result
 
 PLUGIN = """
@@ -48,20 +48,13 @@ class OutOfMemory(Broken):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(text):
     """A function that gives the settings of a tiny comparison, with one evaluation and so one regular checkpoint."""
-    folder = tmp_path_factory.mktemp("text")
-    document = next(iter(open_corpus(DataSettings()).documents()))
-    (folder / "play.txt").write_text(document.text[:60_000])
-    (folder / "broken.py").write_text(PLUGIN)
-    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 300}
-    values = {"seq_length": 32, "batch_size": 4, "evaluations": 1, "max_tokens": 150 * 128, "eval_tokens": 500}
-    more = {"sliding_window": 64, "sliding_stride": 32, "decode_context": 64, "threads": 1, "efficiency": False}
-    paths = {"data": str(folder / "play.txt"), "cache_dir": str(folder / "cache"), "plugin": str(folder / "broken.py")}
+    (text / "broken.py").write_text(PLUGIN)
+    own = {"evaluations": 1, "max_tokens": 150 * STEP, "plugin": str(text / "broken.py"), "jobs": 2}
 
     def settings(out, **changes):
-        own = {"models": ["pythia", "mqa"], "out": str(out), "jobs": 2}
-        return resolve(ExperimentSettings(**shape | values | more | paths | own | changes))
+        return resolve(tiny_comparison(text, out, **own | changes))
 
     return settings
 

@@ -12,21 +12,16 @@ import time
 import pytest
 
 from newllm.cli import main
-from newllm.data.corpora import open_corpus
 from newllm.models.reconstruction import Reconstruction
-from newllm.settings import DataSettings
 from newllm.training import exact, run
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def flags(text):
     """Flags of a tiny run that writes a checkpoint at every opportunity."""
-    folder = tmp_path_factory.mktemp("text")
-    document = next(iter(open_corpus(DataSettings()).documents()))
-    (folder / "play.txt").write_text(document.text[:60_000])
     shape = "--hidden-size 32 --num-layers 2 --num-heads 2 --intermediate-size 64 --vocab-size 300 --seq-length 32"
     budget = f"--batch-size 4 --max-tokens {120 * 4 * 32} --evaluations 5 --checkpoint-minutes 0 --threads 1"
-    return [*shape.split(), *budget.split(), "--data", str(folder / "play.txt"), "--cache-dir", str(folder / "cache")]
+    return [*shape.split(), *budget.split(), "--data", str(text / "play.txt"), "--cache-dir", str(text / "cache")]
 
 
 @pytest.fixture(scope="module")

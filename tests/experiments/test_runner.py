@@ -9,32 +9,16 @@ import shlex
 
 import psutil
 import pytest
+from tiny_runs import tiny_comparison as tiny
 
 from newllm.cli import main
 from newllm.commands.flags import Parser
 from newllm.data import prepare
-from newllm.data.corpora import open_corpus
 from newllm.evaluation.perplexity import evaluate
 from newllm.experiments import run, runner
 from newllm.experiments.results import read_results
 from newllm.models import load_model
-from newllm.settings import DataSettings, ExperimentSettings, RunSettings, UserError, resolve
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    document = next(iter(open_corpus(DataSettings()).documents()))
-    (folder / "play.txt").write_text(document.text[:60_000])
-    return folder
-
-
-def tiny(text, out, **changes):
-    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 300}
-    values = {"seq_length": 32, "batch_size": 4, "evaluations": 2, "max_tokens": 6 * 128, "eval_tokens": 500}
-    more = {"sliding_window": 64, "sliding_stride": 32, "decode_context": 64, "threads": 1, "efficiency": False}
-    paths = {"data": str(text / "play.txt"), "cache_dir": str(text / "cache"), "out": str(out)}
-    return ExperimentSettings(**shape | values | more | paths | {"models": ["pythia", "mqa"], "jobs": 1} | changes)
+from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
 
 
 @pytest.fixture(scope="module")

@@ -6,36 +6,18 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import STEP, tiny
 
 from newllm.data import prepare
-from newllm.data.corpora import open_corpus
 from newllm.models.layers import PythiaLayer
-from newllm.settings import DataSettings, RunSettings, resolve
 from newllm.training import new_model, train, trainer
 from newllm.training.callbacks import Schedule
-
-STEP = 4 * 32  # tokens of an optimizer step
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    document = next(iter(open_corpus(DataSettings()).documents()))
-    (folder / "play.txt").write_text(document.text[:60_000])
-    return folder
 
 
 @pytest.fixture
 def gated(monkeypatch):
     """Layers whose attention's norm has its bias trained as a gate."""
     monkeypatch.setattr(PythiaLayer, "gate_parameters", lambda layer: [layer.norm_attention.bias])
-
-
-def tiny(text, **changes):
-    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 300}
-    values = {"seq_length": 32, "batch_size": 4, "lr": 0.003, "evaluations": 2, "max_tokens": 20 * STEP}
-    common = {"data": str(text / "play.txt"), "cache_dir": str(text / "cache"), "precision": "float32", "threads": 1}
-    return resolve(RunSettings(**shape | values | common | changes))
 
 
 def trainer_of(settings, tmp_path):

@@ -1,27 +1,27 @@
 """Lagged Cache Training: the truth in the limit, the plain method in one pass, and a run that can be interrupted."""
 
-import json
 import multiprocessing
 import os
 import signal
 from itertools import pairwise
 
 import pytest
+import tiny_runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import excerpt, metrics, run
 from toy_recurrent import SHAPE, TOY, lively, recurrent_presets, toy
 from transformers import TrainerControl, TrainerState
 
 from newllm.data import prepare
-from newllm.data.corpora import open_corpus
 from newllm.data.tasks import stack_windows
 from newllm.data.windows import WindowDataset
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import create_model, load_model
 from newllm.models.factory import PLUGIN_PRESETS
 from newllm.models.recurrent import RecurrentLM
-from newllm.settings import DataSettings, RunSettings, UserError, resolve
+from newllm.settings import RunSettings, UserError
 from newllm.training import new_model, train
 from newllm.training.callbacks import FlowCallback, Schedule
 from newllm.training.lagged_cache import KeyedWindows, LaggedTraining, is_deep, lagged_loss
@@ -166,26 +166,13 @@ def _toy_preset(monkeypatch):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    document = next(iter(open_corpus(DataSettings()).documents()))
-    (folder / "play.txt").write_text(document.text[:12_000])
-    return folder
+    return excerpt(tmp_path_factory.mktemp("text"), 12_000)
 
 
 def tiny(text, **changes):
-    shape = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32, "vocab_size": 300}
-    values = {"seq_length": 16, "batch_size": 4, "lr": 0.003, "evaluations": 2, "epochs": 1, "samples": 150}
-    common = {"data": str(text / "play.txt"), "cache_dir": str(text / "cache"), "precision": "float32", "threads": 1}
-    measured = {"eval_tokens": 200, "checkpoint_minutes": 0}
-    return resolve(RunSettings(model="toy", **shape | values | common | measured | changes))
-
-
-def run(settings, folder, on_progress=None):
-    return train(settings, prepare(settings), folder, on_progress)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    shape = {"hidden_size": 16, "intermediate_size": 32, "seq_length": 16}
+    values = {"max_tokens": None, "epochs": 1, "samples": 150, "eval_tokens": 200, "checkpoint_minutes": 0}
+    return tiny_runs.tiny(text, **{"model": "toy"} | shape | values | changes)
 
 
 def outcome(folder):

@@ -1,6 +1,5 @@
 """Streaming training: rows read whole documents with a carried state, and interrupting a run changes nothing."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -9,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from safetensors.torch import load_file
+from tiny_runs import metrics, run
 
 from newllm.cli import main
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.data.windows import StreamDataset
 from newllm.models.layers import LAYER_TYPES
-from newllm.settings import DataSettings, RunSettings, UserError, resolve
-from newllm.training import new_model, train
+from newllm.settings import DataSettings, RunSettings, UserError
+from newllm.training import new_model
 
 PLUGIN = str(Path(__file__).parents[2] / "examples" / "my_layer.py")
 # A window of keys, a recurrent state, and compressive memories; no window or segment ends where a chunk does.
@@ -46,19 +47,9 @@ def text(tmp_path_factory):
 
 
 def tiny(text, **changes):
-    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 300}
-    values = {"seq_length": 32, "batch_size": 3, "lr": 0.003, "evaluations": 2, "epochs": 2, "streaming": True}
-    common = {"data": str(text), "cache_dir": str(text / "cache"), "precision": "float32", "threads": 1}
+    own = {"batch_size": 3, "max_tokens": None, "epochs": 2, "streaming": True}
     shares = {"validation_share": 0.1, "test_share": 0.1}
-    return resolve(RunSettings(**shape | values | common | shares | changes))
-
-
-def run(settings, folder, on_progress=None):
-    return train(settings, prepare(settings), folder, on_progress)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return tiny_runs.tiny(text, **{"data": str(text)} | own | shares | changes)
 
 
 def outcome(folder):

@@ -1,57 +1,28 @@
 """A training run from the outside: its folder, its figures, its budget, and what it does when something goes wrong."""
 
 import errno
-import json
 import math
 import os
 import signal
+from functools import partial
 
 import pytest
+import tiny_runs
 import torch
 from safetensors.torch import load_file
+from tiny_runs import STEP, metrics, run
 
 from newllm.data import prepare
-from newllm.data.corpora import open_corpus
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import load_model
-from newllm.settings import DataSettings, RunSettings, UserError, resolve
+from newllm.settings import UserError
 from newllm.training import exact, new_model, train, trainer
 
-STEP = 4 * 32  # tokens of an optimizer step
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    document = next(iter(open_corpus(DataSettings()).documents()))
-    (folder / "play.txt").write_text(document.text[:60_000])
-    return folder
-
-
-def tiny(text, **changes):
-    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
-    values = {
-        "seq_length": 32,
-        "batch_size": 4,
-        "lr": 0.003,
-        "evaluations": 4,
-        "max_tokens": 40 * STEP,
-        "vocab_size": 300,
-    }
-    common = {"data": str(text / "play.txt"), "cache_dir": str(text / "cache"), "precision": "float32", "threads": 1}
-    return resolve(RunSettings(**shape | values | common | changes))
-
-
-def run(settings, folder, on_progress=None):
-    return train(settings, prepare(settings), folder, on_progress)
+tiny = partial(tiny_runs.tiny, evaluations=4, max_tokens=40 * STEP)
 
 
 def weights(folder):
     return load_file(folder / "model" / "model.safetensors")
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(a, b):

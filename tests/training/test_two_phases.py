@@ -3,47 +3,26 @@
 import dataclasses
 import json
 import signal
+from functools import partial
 
 import pytest
+import tiny_runs
 import torch
 from safetensors.torch import load_file
+from tiny_runs import STEP, metrics, run
 
 from newllm.data import prepare
-from newllm.data.corpora import open_corpus
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.experiments import runner
 from newllm.experiments.report.words import facts
 from newllm.experiments.results import read_results
 from newllm.models import load_model
-from newllm.settings import DataSettings, ExperimentSettings, RunSettings, UserError, resolve
-from newllm.training import new_model, train
+from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
+from newllm.training import new_model
 from newllm.training.run import reconstruction_settings
 
-STEP = 4 * 32  # tokens of an optimizer step
 MODEL = "v_dproj_restore_two_phase"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    document = next(iter(open_corpus(DataSettings()).documents()))
-    (folder / "play.txt").write_text(document.text[:60_000])
-    return folder
-
-
-def tiny(text, **changes):
-    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 300}
-    values = {"seq_length": 32, "batch_size": 4, "lr": 0.003, "evaluations": 2, "max_tokens": 20 * STEP}
-    common = {"data": str(text / "play.txt"), "cache_dir": str(text / "cache"), "precision": "float32", "threads": 1}
-    return resolve(RunSettings(**shape | values | common | {"model": MODEL, "reconstruction_epochs": 2} | changes))
-
-
-def run(settings, folder, on_progress=None):
-    return train(settings, prepare(settings), folder, on_progress)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+tiny = partial(tiny_runs.tiny, model=MODEL, reconstruction_epochs=2)
 
 
 def initial_model(settings):
