@@ -16,6 +16,8 @@ from newllm import __version__, cli
 from newllm.commands.flags import field_docs
 from newllm.commands.generate import GenerateSettings, continue_text
 from newllm.data.hub import load_tokenizer
+from newllm.models import create_model
+from newllm.models.factory import preset_names
 from newllm.settings import ExperimentSettings, RunSettings, resolve
 
 FLAGS = {
@@ -274,3 +276,26 @@ def test_data_show(run_folder, capsys):
     out = capsys.readouterr().out
     assert "byte-level BPE of 300 words" in out
     assert "the naïve café" in out
+
+
+def test_models_lists_every_model_and_explains_one(capsys):
+    assert cli.main(["models"]) == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"^{name} +\w", listed, re.M) for name in preset_names())
+    assert cli.main(["models", "mla:kv_dim=64"]) == 0
+    told = capsys.readouterr().out
+    assert "6 × mla (kv_dim=64)" in told
+    with torch.device("meta"):
+        assert f"{create_model('mla:kv_dim=64').num_parameters():,} parameters" in told
+    assert all(f"{option}=" in told for option in ("kv_dim", "position", "rope_dim", "path"))
+    assert "r, the width of the latent" in told
+    assert cli.main(["models", "continuous_fuse"]) == 0
+    assert "input=fuse, extra_passes=0, use_h1=False" in capsys.readouterr().out
+
+
+def test_models_of_a_plugin_are_listed(capsys):
+    plugin = str(Path(__file__).parents[1] / "examples" / "my_layer.py")
+    assert cli.main(["models", "--plugin", plugin]) == 0
+    assert re.search(r"^my_layer ", capsys.readouterr().out, re.M)
+    assert cli.main(["models", "my_layr", "--plugin", plugin]) == 2
+    assert "did you mean 'my_layer'?" in capsys.readouterr().err

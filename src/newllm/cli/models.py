@@ -108,6 +108,23 @@ def generate(parser: Parser, argv: list[str]) -> None:
     run(parser.settings(arguments, GenerateSettings(model=arguments.model)))
 
 
+@command(
+    "models",
+    "newllm models                    all of them, in a line each",
+    "newllm models mla:kv_dim=64      its layers, its size, its options and what they mean",
+    "newllm models --plugin my_layer.py",
+    usage="[MODEL]",
+)
+def models(parser: Parser, argv: list[str]) -> None:
+    """List the models that can be compared, or explain one: layers, size, options."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="Preset or layer type, with options if you like.")
+    parser.add_argument("--plugin", metavar="FILE", help="Python file with your own layers.")
+    arguments = parser.parse(argv)
+    from newllm.commands.models import show
+
+    show(arguments.model, arguments.plugin)
+
+
 @command("report", "newllm report runs/compare-quickstart", usage="FOLDER")
 def report(parser: Parser, argv: list[str]) -> None:
     """Write report.html and report.md again from results.json."""

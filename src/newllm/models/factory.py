@@ -48,8 +48,13 @@ def load_preset(name: str) -> dict[str, Any]:
     if path.is_file():
         return yaml.safe_load(path.read_text())
     if name in LAYER_TYPES:
-        return {"about": (inspect.getdoc(LAYER_TYPES[name]) or "").split("\n")[0], "layers": [{"type": name}]}
+        return {"about": docstring(LAYER_TYPES[name]).split("\n")[0], "layers": [{"type": name}]}
     raise nearest(name, sorted({*preset_names(), *LAYER_TYPES}), "model")
+
+
+def docstring(cls: type) -> str:
+    """A class's own docstring, which may be empty; not that of the class it is a kind of."""
+    return inspect.cleandoc(cls.__doc__ or "")
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:
