@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from newllm.models import ContinuousLM, create_model, load_model
-from newllm.models.layers import InfiniLayer, MLALayer, PythiaLayer
+from newllm.models.layers import InfiniLayer, MLALayer, PythiaLayer, create_layer
 from newllm.models.recurrent import lag
 from newllm.settings import UserError
 
@@ -240,8 +240,16 @@ def test_a_mode_without_weights_is_refused_with_what_to_do():
 
 def test_a_memory_is_not_kept_of_several_passes():
     layer = InfiniLayer(32, 4, 48, segment_length=4)
+    model = ContinuousLM(layers=[layer], vocab_size=61, extra_passes=1).eval()
     with pytest.raises(UserError, match="one pass"):
-        ContinuousLM(layers=[layer], vocab_size=61, extra_passes=1).eval()(torch.ones(1, 4).long(), update_memory=True)
+        model(torch.ones(1, 4).long(), update_memory=True)
+    one = ContinuousLM(layers=[create_layer(layer.spec)], vocab_size=61, extra_passes=0, mode="discrete").eval()
+    with torch.no_grad():
+        one(torch.ones(1, 4).long(), update_memory=True)
+    with pytest.raises(UserError, match="one pass"):
+        model.set_memory_state(one.get_memory_state())
+    model.reset_memory()
+    assert model.get_memory_state() == {}
 
 
 def test_normalisation_is_that_of_a_layer_norm_without_parameters():

@@ -12,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from newllm import create_model, load_model
 from newllm.models import TransformerLM
 from newllm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
 from newllm.models.memory import merge_memory_states, take_row
-from newllm.models.memory_file import load_memory, read_memory, save_memory
+from newllm.models.memory_file import _digest, load_memory, read_memory, save_memory
 from newllm.settings import UserError
 
 S = 4  # segment length
@@ -54,13 +55,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @given(
     cls=st.sampled_from([InfiniLayer, MultiMemoryLayer, HierarchicalLayer]),
     delta=st.booleans(),
+    key_shift=st.booleans(),
     segments=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     last=st.integers(1, 3 * S),
 )
-def test_reading_in_several_calls_is_reading_in_one(cls, delta, segments, last):
+def test_reading_in_several_calls_is_reading_in_one(cls, delta, key_shift, segments, last):
     """For a layer that knows nothing of other segments but its memory, cut between segments."""
     torch.manual_seed(0)
-    layer = cls(16, 2, 16, segment_length=S, use_delta_rule=delta)
+    layer = cls(16, 2, 16, segment_length=S, use_delta_rule=delta, key_shift=key_shift)
     model = TransformerLM(layers=[layer], vocab_size=40, initializer_range=0.3).eval().double()
     ids = text(sum(segments) * S + last, rows=2)
     expected = logits(model, ids)[:, -last:]
@@ -68,6 +70,24 @@ def test_reading_in_several_calls_is_reading_in_one(cls, delta, segments, last):
     for chunk in chunks:
         logits(model, chunk, update_memory=True)
     torch.testing.assert_close(logits(model, rest), expected)
+    logits(model, rest, update_memory=True)
+    state = model.get_memory_state()
+    model.reset_memory()
+    logits(model, ids, update_memory=True)
+    torch.testing.assert_close(state, model.get_memory_state())
+
+
+def test_with_shifted_keys_the_first_token_is_not_written_and_the_last_key_is_kept():
+    model = make(key_shift=True, use_delta_rule=False).double()
+    layer, ids = model.layers[0], text(2 * S, rows=2)
+    logits(model, ids, update_memory=True)
+    with torch.no_grad():
+        _, k, v = layer.qkv(layer.norm_attention(model.embed(ids))).chunk(3, dim=-1)
+    features = k.clamp(max=0).exp() + k.clamp(min=0)
+    state = model.get_memory_state()
+    torch.testing.assert_close(state["0.matrix"][:, 0, 0], features[:, :-1].transpose(1, 2) @ v[:, 1:])
+    torch.testing.assert_close(state["0.normaliser"][:, 0, 0], features[:, :-1].sum(dim=1))
+    torch.testing.assert_close(state["0.before"][:, 0], features[:, -1])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -209,6 +229,45 @@ def test_a_model_that_changes_its_dtype_keeps_its_memory(before, after):
     assert (found - expected).abs().max() < 0.3 * (expected - without).abs().max()
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("key_shift", [False, True])
+@pytest.mark.parametrize("after", DTYPES)
+@pytest.mark.parametrize("before", DTYPES)
+def test_what_a_model_gives_it_takes_back_whatever_its_dtype_was(before, after, key_shift, tmp_path):
+    model = make(key_shift=key_shift).to(before)
+    logits(model, text(10), update_memory=True)
+    expected = logits(model.to(after), text(7, seed=1))
+    state = model.get_memory_state()
+    save_memory(model, tmp_path / "a.memory", tokens_read=10)
+    for bring in (lambda: model.set_memory_state(state), lambda: load_memory(model, tmp_path / "a.memory")):
+        model.reset_memory()
+        bring()
+        assert same(model.get_memory_state(), state)
+        assert torch.equal(logits(model, text(7, seed=1)), expected)
+
+
+def test_what_is_read_in_inference_mode_is_of_use_outside():
+    model = make(key_shift=True)
+    with torch.inference_mode():
+        model(text(10), update_memory=True)
+    assert model(text(7, seed=1)).logits.requires_grad
+    logits(model, text(7, seed=1), update_memory=True)
+
+
+def test_a_cache_that_is_reset_forgets_the_memory_too():
+    model, ids = after_reading(key_shift=True), text(7, seed=1)
+    with_memory, without = logits(model, ids), logits(make(key_shift=True), ids)
+    for reset in (lambda cache: cache.reset(), lambda cache: cache.reset_rows(torch.tensor([True]))):
+        cache = model.make_cache()
+        logits(model, text(3), past_key_values=cache)
+        reset(cache)
+        positions = torch.arange(7)[None]
+        torch.testing.assert_close(logits(model, ids, past_key_values=cache, position_ids=positions), without)
+    torch.testing.assert_close(logits(model, ids, past_key_values=model.make_cache()), with_memory)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_read(side):
     model = make("infini_all")
@@ -254,6 +313,9 @@ WRONG_STATES = {
     "frozen": (lambda s: s.update({"0.frozen": torch.tensor([1])}), "no memory 1 to freeze: layer 0 has 1"),
     "frozen, nested": (lambda s: s.update({"0.frozen": torch.tensor([[0]])}), "'0.frozen' is 1 × 1 int64, .* a list"),
     "frozen, one number": (lambda s: s.update({"0.frozen": torch.tensor(0)}), "'0.frozen' is a single int64"),
+    "negative": (lambda s: s["0.normaliser"].neg_(), "'0.normaliser' holds numbers below 0"),
+    "below 0": (lambda s: s["0.written"].fill_(-1), "'0.written' holds numbers below 0"),
+    "beyond all": (lambda s: s["0.written"].fill_(2**63 - 1), "'0.written' is more than 1,000,000,000,000,000 segm"),
     "count": (lambda s: s.update({"0.written": s["0.written"][0]}), "'0.written' is a single int64, .* 1 int64"),
     "no rows": (lambda s: s.update({name: tensor[:0] for name, tensor in s.items()}), "is 0 × 1 .* would be 1 × 1"),
 }
@@ -295,6 +357,38 @@ def test_frozen_memories_are_read_and_not_written(preset, options):
     assert model.get_memory_state()["0.frozen"].tolist() == [1]
 
 
+def test_what_is_not_written_is_not_counted(tmp_path):
+    """Neither while all is frozen nor where all is padding: whose turn it is does not change."""
+    options = {"num_memory_banks": 2, "segments_per_bank": 2, "key_shift": True}
+    model = make(**options)
+    logits(model, text(S), update_memory=True)
+    model.freeze_memory([0, 1])
+    before = model.get_memory_state()
+    logits(model, text(3 * S + 1, seed=1), update_memory=True)  # at once, and the rest as where a text ends
+    cache = model.make_cache()
+    for token in text(2 * S, seed=2).split(1, dim=1):
+        logits(model, token, past_key_values=cache)
+    model.unfreeze_memory()
+    state, last = model.get_memory_state(), cache.layers[0].memory()
+    for name in ("matrix", "normaliser", "written"):
+        assert torch.equal(state[f"0.{name}"], before[f"0.{name}"])
+        assert torch.equal(last[name], before[f"0.{name}"])
+    assert not torch.equal(state["0.before"], before["0.before"])  # what came before the next token
+    logits(model, text(S), update_memory=True)
+    assert model.get_memory_state()["0.normaliser"][0].flatten(1).any(dim=1).tolist() == [True, False]
+
+    for model, inputs in (
+        (make(**options), {"attention_mask": torch.zeros(1, 9)}),
+        (make(**options), {"attention_mask": None}),
+    ):
+        if inputs["attention_mask"] is None:
+            model.freeze_memory([0, 1])
+        logits(model, text(9), update_memory=True, **inputs)
+        assert model.get_memory_state()["0.written"].tolist() == [0]
+        with pytest.raises(UserError, match="the memory is empty"):
+            save_memory(model, tmp_path / "a.memory", tokens_read=9)
+
+
 def test_freezing_directs_what_is_read_to_the_other_memories():
     model = make("multi_memory", num_memories=3)
     model.freeze_memory([0, 2])
@@ -320,6 +414,19 @@ def test_merged_memories_are_those_of_one_text_after_the_other():
     rows = [take_row(side_by_side, b) for b in range(4)]
     torch.testing.assert_close(merge_memory_states(model, rows), one_by_one)
     model.set_memory_state(merge_memory_states(model, rows))
+
+
+def test_merged_memories_with_shifted_keys_begin_anew():
+    model = make(use_delta_rule=False, key_shift=True)
+    logits(model, text(2 * S, rows=3), update_memory=True)
+    state = model.get_memory_state()
+    merged = merge_memory_states(model, [state])
+    torch.testing.assert_close(merged["0.matrix"], state["0.matrix"].sum(dim=0, keepdim=True))
+    assert not merged["0.before"].any()
+    model.set_memory_state(merged)
+    del merged["0.before"]
+    with pytest.raises(UserError, match=r"'0\.before' is missing"):
+        model.set_memory_state(merged)
 
 
 def test_merging_is_refused_where_it_is_not_exact():
@@ -389,6 +496,50 @@ def test_a_changed_header_is_refused(memory_file):
     refused(path, "does not match its checksum")
     save_file(state, path, {"format": "newllm-memory", "format_version": "7"})
     refused(path, "memory format 7; newllm .* reads 1")
+
+
+FORGERIES = {
+    "a field missing": (lambda h: h.pop("about"), "'about' is missing"),
+    "a field too many": (lambda h: h.update(extra="1"), "'extra' is unknown"),
+    "no JSON": (lambda h: h.update(tokens_read="x"), "Expecting value"),
+    "a number as text": (lambda h: h.update(tokens_read='"10"'), "'tokens_read' is \"10\""),
+    "a truth as number": (lambda h: h.update(tokens_read="true"), "'tokens_read' is true"),
+    "fewer than none": (lambda h: h.update(tokens_read="-1"), "'tokens_read'"),
+    "nested deeply": (lambda h: h.update(sources="[" * 100_000), "built otherwise"),
+    "no names": (lambda h: h.update(sources="[1]"), "'sources'"),
+    "no layers": (lambda h: h.update(layers="[]"), "'layers' are not those"),
+    "no list": (lambda h: h.update(layers="{}"), "'layers' is {}"),
+    "an empty layer": (lambda h: h.update(layers="[{}]"), "built otherwise"),
+    "no layer": (lambda h: h.update(layers="[1]"), "built otherwise"),
+    "another layer": (lambda h: h.update(layers=h["layers"].replace('"index": 0', '"index": 1')), "otherwise"),
+    "other counts": (lambda h: h.update(layers=h["layers"].replace('"written": [3]', '"written": [4]')), "'layers'"),
+    "other bytes": (lambda h: h.update(layers=h["layers"].replace('"bytes": ', '"bytes": 1')), "'layers' are not"),
+    "twice": (lambda h: h.update(layers=json.dumps(json.loads(h["layers"]) * 2)), "'layers' are not those"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_header_with_a_right_checksum_and_odd_fields_is_refused(forgery, memory_file):
+    forge, message = FORGERIES[forgery]
+    path = memory_file.with_name("forged.memory")
+    with safe_open(memory_file, "pt") as opened:
+        header, state = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    del header["sha256"]
+    forge(header)
+    save_file(state, path, header | {"sha256": _digest(header, state)})
+    refused(path, f"a memory file with a header that newllm does not write: .*{message}")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 16, 16), (2, 1, 1, 16, 16)])
+def test_tensors_that_are_no_memory_are_refused_with_a_right_checksum(shape, memory_file):
+    path = memory_file.with_name("forged.memory")
+    with safe_open(memory_file, "pt") as opened:
+        header, state = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    del header["sha256"]
+    for name, tensor in (("0.matrix", torch.ones(shape)), ("0.written", torch.ones(shape, dtype=torch.bool))):
+        odd = state | {name: tensor}
+        save_file(odd, path, header | {"sha256": _digest(header, odd)})
+        refused(path, "a memory file with a header|here it would be" if name == "0.matrix" else "memory")
 
 
 def test_other_files_are_refused(memory_file, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from newllm.evaluation.checks import CHECK_SHAPE
-from newllm.models import create_model
+from newllm.models import TransformerLM, create_model
+from newllm.models.layers import PythiaLayer
 
 
 @pytest.mark.parametrize("name", ["pythia", "mla", "infini"])
@@ -15,3 +16,26 @@ def test_torch_compile_reads_a_model_as_it_is(name):
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")(ids).logits
         torch.testing.assert_close(compiled, model(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["pythia", "mla", "infini_all", "multi_memory", "hierarchical"])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 7), (0, 0), (0, 1)])
+def test_no_tokens_and_no_rows_give_empty_logits(name, shape):
+    model, ids = create_model(name, **CHECK_SHAPE).eval(), torch.randint(61, shape)
+    for inputs in ({}, {"use_cache": True}, {"attention_mask": torch.ones(shape)}):
+        with torch.no_grad():
+            assert model(ids, **inputs).logits.shape == (*shape, 61)
+    if shape[0]:
+        cache = model(torch.randint(61, (2, 5)), use_cache=True).past_key_values
+        before = cache.export()
+        assert model(ids, past_key_values=cache).logits.shape == (*shape, 61)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in cache.export().items())
+
+
+def test_layers_that_are_given_begin_as_the_models_own_and_those_of_a_model_stay():
+    layer = PythiaLayer(16, 2, 16)
+    torch.nn.init.ones_(layer.qkv.weight)
+    model = TransformerLM(layers=[layer], vocab_size=11, initializer_range=0.01)
+    assert layer.qkv.weight.std() < 0.02
+    torch.nn.init.ones_(model.layers[0].qkv.weight)
+    assert (TransformerLM(layers=list(model.layers), vocab_size=11).layers[0].qkv.weight == 1).all()

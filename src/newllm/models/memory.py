@@ -2,7 +2,8 @@
 
 It is no parameter: `state_dict` and `save_pretrained` leave it out, training neither reads nor writes it. As plain
 tensors it is a memory state, a dict with the names 'LAYER.matrix' (B, N, Hm, d, d), 'LAYER.normaliser' (B, N, Hm, d)
-and 'LAYER.written' (B) of every layer that has memories, and 'LAYER.frozen' (F) where some of them are frozen.
+and 'LAYER.written' (B) of every layer that has memories, 'LAYER.before' (B, Hm, d) where it shifts keys, and
+'LAYER.frozen' (F) where some of its memories are frozen; see `MemoryState`.
 B is the number of rows that were read side by side; a state of one row serves any batch.
 """
 
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from newllm.models.cache import LMCache, MemoryState
-from newllm.models.cache.memory import MEMORY
 from newllm.models.layers.base import layer_type
 from newllm.models.layers.compressive import CompressiveLayer
 from newllm.settings import UserError
 
 MemoryTensors = dict[str, Tensor]
+MOST_SEGMENTS = 10**15  # more than anybody reads, and far from the end of int64
 
 
 def layers_with_memories(layers: Iterable[nn.Module]) -> dict[int, CompressiveLayer]:
@@ -52,13 +53,15 @@ class HoldsMemory:
         self.set_memory_state({})
 
     def get_memory_state(self) -> MemoryTensors:
-        """A copy of the memory; {} while it is empty and nothing is frozen."""
+        """A copy of the memory, in the dtypes of a state of this model; {} while it is empty and nothing is frozen."""
         frozen = {
             f"{n}.frozen": torch.tensor(sorted(layer.frozen))
             for n, layer in self.memory_layers().items()
             if layer.frozen
         }
-        return {name: tensor.clone() for name, tensor in self._memory.items()} | frozen
+        # The model may have changed its dtype since it read.
+        memory = {name: tensor.to(self._memory_dtype(name), copy=True) for name, tensor in self._memory.items()}
+        return memory | frozen
 
     def set_memory_state(self, state: MemoryTensors) -> None:
         """Puts a copy of `state` in the place of the memory.
@@ -69,7 +72,7 @@ class HoldsMemory:
         self.check_memory_state(state)
         for n, layer in self.memory_layers().items():
             layer.frozen = set(state.get(f"{n}.frozen", torch.tensor([])).tolist())
-        self._memory = {name: tensor.detach().clone() for name, tensor in state.items() if not name.endswith(".frozen")}
+        self._memory = {name: copy_of(tensor) for name, tensor in state.items() if not name.endswith(".frozen")}
 
     def freeze_memory(self, banks: Iterable[int]) -> None:
         """Outside training, memories (banks) with these indices are from now on read and no longer written, in every
@@ -106,7 +109,9 @@ class HoldsMemory:
         """Raises UserError, saying what differs, for what cannot be a memory state of this model."""
         layers = self.memory_layers()
         frozen = {f"{n}.frozen" for n in layers}
-        expected = {f"{n}.{part}": shape for n, layer in layers.items() for part, shape in part_shapes(layer).items()}
+        expected = {
+            f"{n}.{part}": shape for n, layer in layers.items() for part, shape in layer.memory_shapes().items()
+        }
         if unknown := sorted(state.keys() - expected.keys() - frozen):
             raise UserError(f"memory state: '{unknown[0]}' is unknown here; the memory layers are {_names(layers)}")
         for n, layer in layers.items():
@@ -117,6 +122,7 @@ class HoldsMemory:
                 self._check_banks(n, layer, set(indices.tolist()))
         if not state.keys() - frozen:
             return  # empty
+        self._check_can_hold()
         if missing := sorted(expected.keys() - state.keys()):
             raise UserError(f"memory state: '{missing[0]}' is missing; the memory layers are {_names(layers)}")
         rows = max(1, count_rows(state))
@@ -129,6 +135,10 @@ class HoldsMemory:
                 )
             if not tensor.isfinite().all():
                 raise UserError(f"memory state: '{name}' holds numbers that are not finite")
+            if not name.endswith(".matrix") and tensor.lt(0).any():  # sums of features, and counts
+                raise UserError(f"memory state: '{name}' holds numbers below 0")
+            if name.endswith(".written") and tensor.gt(MOST_SEGMENTS).any():
+                raise UserError(f"memory state: '{name}' is more than {MOST_SEGMENTS:,} segments")
 
     def _memory_dtype(self, name: str) -> torch.dtype:
         return torch.int64 if name.endswith(".written") else torch.promote_types(self.dtype, torch.float32)
@@ -146,16 +156,20 @@ class HoldsMemory:
     def _start_from_memory(self, cache: LMCache) -> None:
         """Gives the memory to a fresh cache; in training it starts from nothing."""
         if self._holds_memory():
-            for n in self.memory_layers():
+            for n, layer in self.memory_layers().items():
                 state = cache.layers[n]
                 assert isinstance(state, MemoryState)
-                names = {part: f"{n}.{part}" for part in MEMORY}
+                names = {part: f"{n}.{part}" for part in layer.memory_shapes()}
                 # The model may have been moved or changed its dtype since it read.
                 memory = {p: self._memory[name].to(self.device, self._memory_dtype(name)) for p, name in names.items()}
                 state.set_memory(memory)
 
+    def _check_can_hold(self) -> None:
+        """Raises UserError for a model that has memories, of which it could keep a part only."""
+
     def _check_can_update(self, cached: bool) -> None:
         self.memory_layers()
+        self._check_can_hold()
         if self.training:
             raise UserError("update_memory=True in training mode: training never uses the memory; call model.eval()")
         if cached:
@@ -168,14 +182,14 @@ class HoldsMemory:
             state = cache.layers[n]
             assert isinstance(state, MemoryState)
             layer.write_pending(state)
-            memory |= {f"{n}.{part}": tensor.detach().clone() for part, tensor in state.memory().items()}
+            memory |= {f"{n}.{part}": copy_of(tensor) for part, tensor in state.memory().items()}
         self._memory = memory
 
 
-def part_shapes(layer: CompressiveLayer) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of one row of a layer's memory."""
-    N, Hm, d = layer.num_memories, layer.num_memory_heads, layer.memory_head_dim
-    return dict(zip(MEMORY, ((N, Hm, d, d), (N, Hm, d), ()), strict=True))
+def copy_of(tensor: Tensor) -> Tensor:
+    """Without gradient, and of use outside the inference mode in which it may be made."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
 
 
 def count_rows(state: MemoryTensors) -> int:
@@ -192,7 +206,8 @@ def merge_memory_states(model: HoldsMemory, states: Sequence[MemoryTensors]) -> 
     """All rows of all states as one memory of one row: each bank as if all of them had written to it.
 
     With the linear rule a memory is a sum over what was written to it, so that this is exact (to rounding). The texts
-    did not know of each other: a layer above another memory layer has read each of them as if it were the first.
+    did not know of each other: a layer above another memory layer has read each of them as if it were the first. Where
+    keys are shifted, nothing comes before what is read next.
 
     Raises:
         UserError: the delta rule, a frozen memory, a state that is not the model's or is empty, or none at all.
@@ -209,7 +224,8 @@ def merge_memory_states(model: HoldsMemory, states: Sequence[MemoryTensors]) -> 
         model.check_memory_state(state)
         if frozen := [name for name in state if name.endswith(".frozen")]:
             raise UserError(f"'{frozen[0]}': what is frozen in each of these memories would be counted more than once")
-    return {name: sum_rows([state[name] for state in states]) for name in states[0]}
+    merged = {name: sum_rows([state[name] for state in states]) for name in states[0]}
+    return {name: torch.zeros_like(t) if name.endswith(".before") else t for name, t in merged.items()}
 
 
 def sum_rows(tensors: Sequence[Tensor]) -> Tensor:

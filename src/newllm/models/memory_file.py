@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FORMAT = "newllm-memory"
 FORMAT_VERSION = "1"
+# The fields of a header, beside format and checksum.
+KINDS = {"model": str, "about": str, "layers": list, "tokens_read": int, "sources": list, "version": str}
 # What of a configuration decides the numbers that a model computes.
 SHAPING = ("vocab_size", "hidden_size", "layer_specs", "layer_norm_eps", "tie_word_embeddings", "cache_precision")
 
@@ -57,11 +59,10 @@ def save_memory(model: TransformerLM, path: str | Path, *, tokens_read: int, sou
         UserError: the memory is empty, or the file cannot be written.
     """
     path, state = Path(path), model.get_memory_state()
-    if not any(name.endswith(".written") for name in state):
+    if not any(name.endswith(".written") and tensor.any() for name, tensor in state.items()):
         raise UserError("the memory is empty: read something first, by model(ids, update_memory=True)")
-    file = MemoryFile(
-        fingerprint(model), describe(model), _layers(model, state), tokens_read, list(sources), __version__
-    )
+    layers = _layers({n: layer.type_name for n, layer in model.memory_layers().items()}, state)
+    file = MemoryFile(fingerprint(model), describe(model), layers, tokens_read, list(sources), __version__)
     fields = {name: json.dumps(value, ensure_ascii=False) for name, value in vars(file).items()}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION} | fields
     state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
@@ -121,8 +122,27 @@ def read_memory(path: str | Path) -> tuple[MemoryFile, MemoryTensors]:
         )
     if header.pop("sha256", None) != _digest(header, state):
         raise UserError(f"{path}: damaged or changed after it was written: its content does not match its checksum")
-    fields = {name: json.loads(value) for name, value in header.items() if name not in ("format", "format_version")}
-    return MemoryFile(**fields), state
+    try:
+        return _file({name: header[name] for name in header.keys() - {"format", "format_version"}}, state), state
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200] if isinstance(error, ValueError) else "a field is built otherwise"
+        raise UserError(f"{path}: a memory file with a header that newllm does not write: {reason}") from None
+
+
+def _file(header: dict[str, str], state: MemoryTensors) -> MemoryFile:
+    """The fields of a header, if they are those of these tensors; else some error: a forger may write anything."""
+    fields = {name: json.loads(value) for name, value in header.items()}
+    if odd := sorted(fields.keys() ^ KINDS.keys()):
+        raise ValueError(f"'{odd[0]}' is {'unknown' if odd[0] in fields else 'missing'}")
+    for name, kind in KINDS.items():
+        if type(fields[name]) is not kind:
+            raise ValueError(f"'{name}' is {header[name]}")
+    file = MemoryFile(**fields)
+    if file.tokens_read < 0 or not all(type(source) is str for source in file.sources):
+        raise ValueError("'tokens_read' or 'sources'")
+    if not file.layers or file.layers != _layers({layer["index"]: layer["type"] for layer in file.layers}, state):
+        raise ValueError("'layers' are not those of its tensors")
+    return file
 
 
 def fingerprint(model: TransformerLM) -> str:
@@ -139,19 +159,21 @@ def describe(model: TransformerLM) -> str:
     return f"{layers}; D {model.config.hidden_size}; {model.num_parameters():,} parameters"
 
 
-def _layers(model: TransformerLM, state: MemoryTensors) -> list[dict]:
+def _layers(types: dict[int, str], state: MemoryTensors) -> list[dict]:
+    """What a header says of the memory layers, whose types are given by their places in the model."""
     layers = []
-    for n, layer in model.memory_layers().items():
+    for n, type_name in types.items():
         tensors = {name.split(".")[1]: t for name, t in state.items() if name.split(".")[0] == str(n)}
         frozen = tensors.pop("frozen", torch.tensor([], dtype=torch.int64))
+        _, N, _, _, _ = tensors["matrix"].shape
         layers.append(
             {
                 "index": n,
-                "type": layer.type_name,
-                "memories": layer.num_memories,
+                "type": type_name,
+                "memories": N,
                 "rows": count_rows(state),
-                "written": tensors["written"].tolist(),
-                "frozen": frozen.tolist(),
+                "written": [int(count) for count in tensors["written"]],
+                "frozen": [int(memory) for memory in frozen],
                 "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
                 "bytes": sum(tensor.nbytes for tensor in tensors.values()),
             }

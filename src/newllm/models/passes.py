@@ -84,12 +84,11 @@ class ManyPassesLM(TransformerLM):
             # Through torch.nn.init, which spares loaded weights.
             nn.init.normal_(module.weight, std=self.config.initializer_range / module.in_features**0.5)
 
-    def _check_can_update(self, cached: bool) -> None:
-        super()._check_can_update(cached)
+    def _check_can_hold(self) -> None:
         if self.num_passes > 1:
             raise UserError(
-                "update_memory=True: every pass of this model has memories of its own, and only those of the first "
-                "are kept between calls; use a model of one pass"
+                "every pass of this model has memories of its own, and only those of the first would be kept between "
+                "calls; use a model of one pass"
             )
 
 

@@ -28,6 +28,8 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         config: the configuration; or
         layers: layer objects, from which the configuration is derived, with the other fields of LMConfig as keywords:
             TransformerLM(layers=[PythiaLayer(512, 8, 2048) for _ in range(6)], vocab_size=50304)
+            They get the initial weights of a model of this configuration, whatever weights they had, unless they are
+            those of a model already: load weights into the model, not into the layers.
     """
 
     config_class = LMConfig

@@ -21,8 +21,13 @@ class LMCache(Cache):
         for state in self.layers:
             state.precision = check_precision(precision)
 
+    def reset(self) -> None:
+        """All rows start a new document, as by `reset_rows`."""
+        super().reset()
+
     def reset_rows(self, rows: Tensor) -> None:
-        """Rows where `rows` (B,) is True start a new document."""
+        """Rows where `rows` (B,) is True start a new document: they forget everything, also a memory of the model's
+        with which this cache was made."""
         for state in self.layers:
             state.reset_rows(rows)
 

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from newllm.models.cache.state import RecurrentState
 
-MEMORY = ("matrix", "normaliser", "written")
+MEMORY = ("matrix", "normaliser", "written", "before")
 PENDING = ("keys", "values", "filled")
-MAYBE = ("matrix", "normaliser", "before")
 
 
 class MemoryState(RecurrentState):
@@ -17,8 +16,9 @@ class MemoryState(RecurrentState):
 
     matrix (B, N, Hm, d, d) and normaliser (B, N, Hm, d) in float32 at least, see `ops.memory`; written (B,) int64
     counts the segments a row has written and says whose turn is next. A layer without memories has `written` alone.
-    keys and values (B, S, D), as the layer computes them, hold the pending segment: its filled (B,) int64 tokens, fewer
-    than S, stand at the end. A layer that shifts keys also keeps the one before those: before (B, D).
+    A layer that shifts keys also keeps before (B, Hm, d), the features of the last token that is no longer pending;
+    zeros where there was none. keys and values (B, S, D), as the layer computes them, hold the pending segment: its
+    filled (B,) int64 tokens, fewer than S, stand at the end.
 
     `memory` and `set_memory` take the memories out and put them in; what is pending is no part of them.
     """
@@ -42,7 +42,7 @@ class MemoryState(RecurrentState):
 
         Raises ValueError, and changes nothing, for tensors that are no memories or do not fit those there are.
         """
-        if not set(memory) <= set(MEMORY) or "written" not in memory or len(memory) not in (1, 3):
+        if not is_memory(set(memory)):
             raise ValueError(f"a memory has the tensors {', '.join(MEMORY)}: these are {', '.join(memory) or 'none'}")
         rows = {len(tensor) for name, tensor in self.values_by_name.items()}
         for name, tensor in memory.items():
@@ -56,8 +56,8 @@ class MemoryState(RecurrentState):
     def check(self, tensors: dict[str, Tensor]) -> None:
         super().check(tensors)
         names = set(tensors)
-        # Memories alone, of one that has read nothing yet, or with what is pending; without memories `written` alone.
-        if names and names - {*MAYBE} not in ({"written"}, {"written", *PENDING}):
+        # Memories alone, of one that has read nothing yet, or with what is pending.
+        if names and not (is_memory(names - {*PENDING}) and names & {*PENDING} in (set(), {*PENDING})):
             raise ValueError(f"these are not the tensors of a compressive memory: {', '.join(tensors)}")
         for name, tensor in tensors.items():
             old = self.values_by_name.get(name, tensor)
@@ -66,3 +66,8 @@ class MemoryState(RecurrentState):
 
     def reset_rows(self, rows: Tensor) -> None:
         self.change_rows(lambda x: torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), 0, x))
+
+
+def is_memory(names: set[str]) -> bool:
+    """Whether a layer has memories of these tensors: one without any, with shifted keys, or neither."""
+    return names in ({"written"}, {"matrix", "normaliser", "written"}, set(MEMORY))

@@ -35,8 +35,9 @@ class CompressiveLayer(Layer):
 
     With key_shift a memory takes a token's value by the key of the token before it: "what came after this". A layer
     then recalls what followed an earlier occurrence by itself, where otherwise a layer below must first have brought
-    the two tokens together. (The shortest of the short convolutions of recurrent mixers.) The first token of a text,
-    before which there is none, is written by a key of zeros.
+    the two tokens together. (The shortest of the short convolutions of recurrent mixers.) Nothing comes before the
+    first token of a text: it is written by features of zeros, which is not at all. (A key of zeros would have features
+    of one, and fit every query.) Of the last token read the memory keeps the features, for the next one's value.
 
     A segment is S real tokens of its row, wherever padding stands.
     """
@@ -108,6 +109,8 @@ class CompressiveLayer(Layer):
 
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: MemoryState | None) -> Tensor:  # type: ignore[override]
         T = x.shape[1]
+        if T == 0:
+            return x
         q, k, v = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)  # (B, T, D)
         real = None if mask is None else mask[:, mask.shape[1] - T :]
         with exact_products(x):
@@ -123,7 +126,7 @@ class CompressiveLayer(Layer):
         G = -(-T // self.segment_length)
         complete = torch.full((B,), T // self.segment_length, device=q.device)
         q, k, v = (F.pad(x, (0, 0, 0, G * self.segment_length - T)) for x in (q, k, v))
-        mixed, _ = self._segments(q, k, v, torch.zeros_like(k[:, 0]), self._empty_memory(q), complete, last=False)
+        mixed, _ = self._segments(q, k, v, self._empty_memory(q), complete, last=False)
         return mixed[:, :T]
 
     def _chunk(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
@@ -136,7 +139,7 @@ class CompressiveLayer(Layer):
         """
         B, T, _ = q.shape
         S = self.segment_length
-        memory, before, keys, values, filled = self._open(state, k)
+        memory, keys, values, filled = self._open(state, k)
         held = torch.arange(S, device=q.device) >= S - filled[:, None]
         real = torch.ones(B, T, dtype=torch.bool, device=q.device) if real is None else real
         present = torch.cat([held, real], dim=1)  # (B, S + T)
@@ -146,19 +149,16 @@ class CompressiveLayer(Layer):
         size = G * S
         slots = torch.where(present, ranks - 1, size)  # what is not there goes to a slot behind the last
         k, v = (lay_out(torch.cat(parts, dim=1), slots, size) for parts in ((keys, k), (values, v)))
-        mixed, memory = self._segments(lay_out(q, slots[:, S:], size), k, v, before, memory, count // S, last=True)
+        mixed, memory = self._segments(lay_out(q, slots[:, S:], size), k, v, memory, count // S, last=True)
         newest = (count[:, None] - S + torch.arange(S, device=q.device)).clamp(min=0)
         pending = {"keys": pick(k, newest), "values": pick(v, newest), "filled": count % S}
-        if self.key_shift:
-            known = torch.cat([before[:, None], k], dim=1)
-            pending["before"] = pick(known, (count // S * S)[:, None])[:, 0]
         state.write(T, **memory, **pending)
         return pick(mixed, slots[:, S:].clamp(max=size - 1))
 
     def _token(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
         """One token (B, 1, D) after what the state holds: `_chunk` for a single query."""
         S = self.segment_length
-        memory, before, old_keys, old_values, old_filled = self._open(state, k)
+        memory, old_keys, old_values, old_filled = self._open(state, k)
         keys, values = (torch.cat([old[:, 1:], x], dim=1) for old, x in ((old_keys, k), (old_values, v)))
         filled = old_filled + 1
         held = torch.arange(S, device=q.device) >= S - filled[:, None]
@@ -172,11 +172,8 @@ class CompressiveLayer(Layer):
             filled = torch.where(real[:, 0], filled, old_filled)
         full = filled == S
         if full.any():
-            memory = self._write(keys, values, filled, before, memory, full)
-        pending = {"keys": keys, "values": values, "filled": filled.masked_fill(full, 0)}
-        if self.key_shift:
-            pending["before"] = torch.where(full[:, None], keys[:, -1], before)
-        state.write(1, **memory, **pending)
+            memory = self._write(keys, values, filled, memory, full)
+        state.write(1, **memory, keys=keys, values=values, filled=filled.masked_fill(full, 0))
         return mixed[:, 0]
 
     def write_pending(self, state: MemoryState) -> None:
@@ -184,20 +181,16 @@ class CompressiveLayer(Layer):
         values = state.tensors()
         if not values.keys() >= {"keys", "filled"}:
             return
-        filled, memory, keys = values["filled"], state.memory(), values["keys"]
-        some, pending = filled > 0, {"filled": torch.zeros_like(filled)}
+        filled = values["filled"]
         with exact_products(filled):
-            memory = self._write(keys, values["values"], filled, values.get("before", keys[:, 0]), memory, some)
-        if self.key_shift:
-            pending["before"] = torch.where(some[:, None], keys[:, -1], values["before"])
-        state.write(0, **memory, **pending)
+            memory = self._write(values["keys"], values["values"], filled, state.memory(), filled > 0)
+        state.write(0, **memory, filled=torch.zeros_like(filled))
 
     def _segments(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        before: Tensor,
         memory: dict[str, Tensor],
         complete: Tensor,
         *,
@@ -205,75 +198,76 @@ class CompressiveLayer(Layer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """All of G segments (B, G·S, D), the first `complete` (B,) of which are full and written.
 
-        before: (B, D) the key of the token before the first.
         last: whether what becomes of the memories after the last segment matters.
         """
-        memory_keys = torch.cat([before[:, None], k[:, :-1]], dim=1) if self.key_shift else k
-        q, k, v, memory_keys = (x.unflatten(1, (-1, self.segment_length)) for x in (q, k, v, memory_keys))
+        q, k, v = (x.unflatten(1, (-1, self.segment_length)) for x in (q, k, v))
         mixed = self.attention.whole(q, k, v)  # (B, G, S, D)
         if self.num_memories:
             G = q.shape[1]
             order = torch.arange(G, device=q.device)
             turns = self._turns(memory["written"][:, None] + order).masked_fill(order >= complete[:, None], -1)
             features = self._features(q)
-            found, matrix, normaliser = read_segments(
-                features,
-                *self._to_write(memory_keys, v),
-                memory["matrix"],
-                memory["normaliser"],
-                turns,
-                delta=self.use_delta_rule,
-                last=last,
-            )
+            k, v = self._to_write(k, v)
+            matrix, normaliser, rule = memory["matrix"], memory["normaliser"], self.use_delta_rule
+            if self.key_shift:
+                k, before = shift(k, memory["before"], complete * self.segment_length)
+                memory = memory | {"before": before}
+            found, matrix, normaliser = read_segments(features, k, v, matrix, normaliser, turns, delta=rule, last=last)
             mixed = self._gate(features, found, mixed)
-            memory = memory | {"matrix": matrix, "normaliser": normaliser}
-        return mixed.flatten(1, 2), memory | {"written": memory["written"] + complete}
+            written = memory["written"] + (turns >= 0).sum(dim=1)
+            memory = memory | {"matrix": matrix, "normaliser": normaliser, "written": written}
+        return mixed.flatten(1, 2), memory
 
     def _write(
-        self, keys: Tensor, values: Tensor, filled: Tensor, before: Tensor, memory: dict[str, Tensor], rows: Tensor
+        self, keys: Tensor, values: Tensor, filled: Tensor, memory: dict[str, Tensor], rows: Tensor
     ) -> dict[str, Tensor]:
-        """Writes the last `filled` (B,) of S tokens (B, S, D) in the rows where `rows` (B,) is True.
-
-        before: (B, D) the key of the token before those.
-        """
-        if self.num_memories:
-            turns = self._turns(memory["written"]).masked_fill(~rows, -1)
-            place = torch.arange(self.segment_length, device=keys.device) - (self.segment_length - filled[:, None])
-            if self.key_shift:
-                keys = torch.where(place[..., None] == 0, before[:, None], F.pad(keys[:, :-1], (0, 0, 1, 0)))
-            k, v = (x[:, :, 0] for x in self._to_write(keys.unsqueeze(1), values.unsqueeze(1)))
-            k = k * (place >= 0)[:, None, :, None]
-            matrix, normaliser = write(k, v, memory["matrix"], memory["normaliser"], turns, delta=self.use_delta_rule)
-            memory = memory | {"matrix": matrix, "normaliser": normaliser}
-        return memory | {"written": memory["written"] + rows}
+        """Writes the last `filled` (B,) of S tokens (B, S, D) in the rows where `rows` (B,) is True."""
+        if not self.num_memories:
+            return memory
+        turns = self._turns(memory["written"]).masked_fill(~rows, -1)
+        place = torch.arange(self.segment_length, device=keys.device) - (self.segment_length - filled[:, None])
+        place = place[:, None, :, None]  # of a token in what is written, in (B, Hm, S, d)
+        k, v = (x[:, :, 0] for x in self._to_write(keys.unsqueeze(1), values.unsqueeze(1)))
+        if self.key_shift:
+            before, last = memory["before"].unsqueeze(2), k[:, :, -1]
+            k = torch.where(place == 0, before, F.pad(k[:, :, :-1], (0, 0, 1, 0)))
+            memory = memory | {"before": torch.where(rows[:, None, None], last, memory["before"])}
+        k = k * (place >= 0)
+        matrix, normaliser = write(k, v, memory["matrix"], memory["normaliser"], turns, delta=self.use_delta_rule)
+        return memory | {"matrix": matrix, "normaliser": normaliser, "written": memory["written"] + (turns >= 0)}
 
     def _turns(self, segments: Tensor) -> Tensor:
-        """The memory to which each segment, counted from the row's first, is written; −1 if all are frozen."""
+        """The memory to which each segment, counted from the first that was written, goes; −1 if all are frozen."""
         open_ones = [n for n in range(self.num_memories) if self.training or n not in self.frozen]
         if not open_ones:
             return torch.full_like(segments, -1)
         return torch.tensor(open_ones, device=segments.device)[segments // self.segments_per_memory % len(open_ones)]
 
-    def _open(self, state: MemoryState, like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
-        """The memory, the key before the pending ones (B, D), pending keys and values (B, S, D), their number (B,)."""
+    def _open(self, state: MemoryState, like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """The memory, pending keys and values (B, S, D), their number (B,)."""
         state.begin(len(like))
         held = state.tensors()
         memory = state.memory() or self._empty_memory(like)
         if "keys" not in held:
             nothing = like.new_zeros(len(like), self.segment_length, like.shape[2])
             none = torch.zeros(len(like), dtype=torch.long, device=like.device)
-            return memory, nothing[:, 0], nothing, nothing, none
-        return memory, held.get("before", held["keys"][:, 0]), held["keys"], held["values"], held["filled"]
+            return memory, nothing, nothing, none
+        return memory, held["keys"], held["values"], held["filled"]
 
     def _empty_memory(self, like: Tensor) -> dict[str, Tensor]:
         """Memories of zeros for the rows of `like` (B, T, D)."""
         rows, dtype = len(like), torch.promote_types(like.dtype, torch.float32)
         empty = {"written": torch.zeros(rows, dtype=torch.long, device=like.device)}
         if self.num_memories:
-            shape = (rows, self.num_memories, self.num_memory_heads, self.memory_head_dim)
-            empty["normaliser"] = torch.zeros(shape, dtype=dtype, device=like.device)
-            empty["matrix"] = torch.zeros(*shape, self.memory_head_dim, dtype=dtype, device=like.device)
+            for name, shape in self.memory_shapes().items():
+                empty.setdefault(name, torch.zeros(rows, *shape, dtype=dtype, device=like.device))
         return empty
+
+    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of one row's memory, see `MemoryState`."""
+        N, Hm, d = self.num_memories, self.num_memory_heads, self.memory_head_dim
+        before = {"before": (Hm, d)} if self.key_shift else {}
+        return {"matrix": (N, Hm, d, d), "normaliser": (N, Hm, d), "written": (), **before}
 
     def _memory_heads(self, x: Tensor) -> Tensor:
         """(B, G, S, D) to (B, Hm, G, S, d), in float32 at least."""
@@ -310,8 +304,9 @@ class CompressiveLayer(Layer):
         return self.num_memories * self.num_memory_heads * (d * d + d) * max(element_size, 4)
 
     def state_bytes(self, tokens: int, element_size: int) -> int:
-        pending = (2 * self.segment_length + self.key_shift) * self.hidden_size * element_size
-        return self.memory_bytes(element_size) + pending + 2 * 8  # and two counts, int64
+        pending = 2 * self.segment_length * self.hidden_size * element_size
+        before = self.hidden_size * max(element_size, 4) if self.key_shift and self.num_memories else 0
+        return self.memory_bytes(element_size) + before + pending + 2 * 8  # and two counts, int64
 
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Row by row, token by token, head by head, over the real tokens alone."""
@@ -328,12 +323,11 @@ class CompressiveLayer(Layer):
         S, N, Hm, d = self.segment_length, self.num_memories, self.num_memory_heads, self.memory_head_dim
         # memory[n][h] = (M, z)
         memory = [[(q.new_zeros(d, d), q.new_zeros(d)) for _ in range(Hm)] for _ in range(N)]
-        written_by = torch.cat([torch.zeros_like(k[:1]), k[:-1]]) if self.key_shift else k
         out = []
         for number, start in enumerate(range(0, len(q), S)):
             segment = slice(start, start + S)
             local = self.attention.reference(q[segment], k[segment], v[segment])
-            queries, keys, values = (x[segment].split(d, dim=1) for x in (q, written_by, v))  # Hm times (n, d)
+            queries, keys, values = (x[segment].split(d, dim=1) for x in (q, k, v))  # Hm times (n, d)
             for t, attended in enumerate(local):
                 parts = []
                 for h, part in enumerate(attended.split(d)):
@@ -345,6 +339,9 @@ class CompressiveLayer(Layer):
                 out.append(torch.cat(parts))
             if N and len(local) == S:
                 turn = number // self.segments_per_memory % N
+                if self.key_shift:  # a value by the key before it; that of the text's first token not at all
+                    first = max(start, 1)
+                    keys, values = k[first - 1 : start + S - 1].split(d, dim=1), v[first : start + S].split(d, dim=1)
                 for h in range(Hm):
                     M, z = memory[turn][h]
                     memory[turn][h] = reference.write_memory(keys[h], values[h], M, z, self.use_delta_rule)
@@ -358,6 +355,13 @@ class CompressiveLayer(Layer):
 def exact_products(x: Tensor) -> torch.autocast:
     """Inside, products are of the dtype of their factors: autocast would make those of the memories bf16."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def shift(k: Tensor, before: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Features k (B, Hm, G, S, d) moved on by one token, after `before` (B, Hm, d), and those of token `count` (B,)."""
+    tokens = torch.cat([before.unsqueeze(2), k.flatten(2, 3)], dim=2)  # (B, Hm, 1 + G·S, d)
+    last = tokens.take_along_dim(count.view(-1, 1, 1, 1), dim=2).squeeze(2)
+    return tokens[:, :, :-1].unflatten(2, k.shape[2:4]), last
 
 
 def lay_out(x: Tensor, slots: Tensor, size: int) -> Tensor:

@@ -24,10 +24,9 @@ class FineGate(nn.Module):
 
     def forward(self, coarse: Tensor) -> Tensor:
         """coarse (B, Hm, …, d) to γ (B, Hm, …, 1)."""
-        B, H, *places, d = coarse.shape
-        flat = coarse.reshape(B, H, -1, d)
+        flat = coarse.flatten(2, -2)
         opened = flat @ self.weight.to(flat.dtype)[..., None] + self.bias.to(flat.dtype)[:, None, None]
-        return opened.sigmoid().view(B, H, *places, 1)
+        return opened.sigmoid().view(*coarse.shape[:-1], 1)
 
 
 @register_layer("hierarchical")
