@@ -18,10 +18,10 @@ from comparable import CACHE, STATE, Comparison, Group, grouped, read
 from pareto_plot import MEASURES, Panel, panels_html
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
+from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.report import markdown_cell
 from newllm.experiments.report import recall as across_segments
-from newllm.experiments.results import number, percent, summarise, with_interval
-from newllm.experiments.statistics import Estimate
+from newllm.experiments.summary import measured, summarise
 
 HERE = Path(__file__).parent
 PAGE, PICTURE = HERE.parent / "which_memory.md", HERE / "pareto.png"
@@ -60,28 +60,24 @@ def table(group: Group) -> list[str]:
         on = ", ".join(MEASURES[measure].name for measure, models in fronts.items() if summary.model in models)
         cells = [markdown_cell(summary.model) + (" †" if choice.aside else ""), str(len(summary.rows))]
         cells += [number(choice.megabytes, 2), number(summary.mean(CACHE) or 0, 0), number(summary.mean(STATE) or 0, 0)]
-        cells += [number(summary.mean(PARAMETERS) or 0, 2), text(choice.value("ppl"), 2)]
-        cells += ["reference" if summary.model == group.reference else verdict, text(choice.value("recall"), 2)]
-        cells += [text(choice.value("speed"), 2), on]
+        cells += [number(summary.mean(PARAMETERS) or 0, 2), figure(choice.value("ppl"), 2)]
+        cells += ["reference" if summary.model == group.reference else verdict, figure(choice.value("recall"), 2)]
+        cells += [figure(choice.value("speed"), 2), on]
         lines.append(f"| {' | '.join(cells)} |")
     return lines + [f"\n† {c.summary.model}: {c.aside}." for c in group.choices if c.aside]
-
-
-def text(value: Estimate | None, places: int) -> str:
-    return "—" if value is None else with_interval(number(value.mean, places), value, places)
 
 
 def recall_table(comparisons: list[Comparison]) -> list[str]:
     """Facts asked for segments later: bytes of state and answers, of every comparison that measured it."""
     lines = []
     for comparison in comparisons:
-        shown = across_segments.measured(summarise(comparison.results))
+        shown = measured(summarise(comparison.results), across_segments.KEY)
         for summary in sorted(shown, key=lambda s: across_segments.state_bytes(s, across_segments.distances(s)[-1])):
             far = across_segments.distances(summary)[-1]
             found, zeroed = (across_segments.accuracy(summary, far, knock_out) for knock_out in ("", "zeroed"))
             cells = [f"[{comparison.name}](experiments/{comparison.name}.md)", markdown_cell(summary.model)]
             cells += [str(len(summary.rows)), number(across_segments.state_bytes(summary, far), 0), str(far)]
-            lines.append(f"| {' | '.join([*cells, text(found, 1), text(zeroed, 1)])} |")
+            lines.append(f"| {' | '.join([*cells, figure(found, 1), figure(zeroed, 1)])} |")
     head = [
         "Comparison",
         "Model",

@@ -10,8 +10,9 @@ from pareto_plot import front
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
 from newllm.experiments.report.words import count
-from newllm.experiments.results import ModelSummary, Results, Row, read_results, summarise
+from newllm.experiments.results import Results, Row, read_results
 from newllm.experiments.statistics import Estimate
+from newllm.experiments.summary import ModelSummary, summarise
 from newllm.settings import UserError
 
 CACHE, STATE = ALL_COLUMNS["cache_bytes_per_token"], ALL_COLUMNS["state_bytes"]

@@ -4,7 +4,8 @@ from results_fixture import make_results
 
 from newllm.experiments.report import write_report
 from newllm.experiments.report.projection import projection_plots, projection_section
-from newllm.experiments.results import summarise, write_results
+from newllm.experiments.results import write_results
+from newllm.experiments.summary import summarise
 
 
 def results():

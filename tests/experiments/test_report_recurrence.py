@@ -5,7 +5,8 @@ from results_fixture import make_results
 
 from newllm.experiments.report import write_report
 from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
-from newllm.experiments.results import read_results, summarise, write_results
+from newllm.experiments.results import read_results, write_results
+from newllm.experiments.summary import summarise
 
 
 def section(folder, made):

@@ -12,7 +12,8 @@ from results_fixture import make_results
 
 from newllm.experiments.report import words, write_report
 from newllm.experiments.report.reversal import auc, reversal_plots, verdict
-from newllm.experiments.results import summarise, write_results
+from newllm.experiments.results import write_results
+from newllm.experiments.summary import summarise
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from screenshot import browser, open_report

@@ -14,8 +14,8 @@ from newllm.bench.lagged import bench_lagged
 from newllm.bench.lagged_settings import LaggedBench
 from newllm.commands.bench import TABLE_WIDTH
 from newllm.evaluation.processes import WorkerError
-from newllm.experiments.results import number, with_interval
-from newllm.experiments.statistics import Estimate, estimate
+from newllm.experiments.figures import figure, number
+from newllm.experiments.statistics import estimate
 from newllm.settings import UserError
 
 
@@ -85,18 +85,12 @@ def quality_table(result: dict[str, Any]) -> Table:
         for equal in ("epochs", "time"):
             same = "epochs" if method == first else equal  # the first method's time is that of its epochs
             own = [record for record in records if record["method"] == method and record["equal"] == same]
-            cells.append(_text(estimate(record["test_ppl"] for record in own), 2))
+            cells.append(figure(estimate(record["test_ppl"] for record in own), 2))
             differences = [100 * (record["test_ppl"] / reference[record["seed"]] - 1) for record in own]
-            cells.append("" if method == first else _text(estimate(differences), 1, " %"))
+            cells.append("" if method == first else figure(estimate(differences), 1, signed=True, unit=" %"))
         epochs = [record["epochs"] for record in own]
         view.add_row(method, *cells, number(epochs[0], 1) if epochs else "")
     return view
-
-
-def _text(value: Estimate | None, places: int, unit: str = "") -> str:
-    if value is None:
-        return ""
-    return with_interval(number(value.mean, places, signed=bool(unit)), value, places) + unit
 
 
 def _table(title: str, caption: str, columns: list[str]) -> Table:

@@ -29,8 +29,9 @@ from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
-from newllm.experiments.results import Results, print_table, read_results, write_results
+from newllm.experiments.results import Results, read_results, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
+from newllm.experiments.terminal import print_table
 from newllm.models import check_model_spec, load_plugin
 from newllm.settings import CONFIGS_FOLDER, ExperimentSettings, RunSettings, UserError, resolve
 from newllm.training import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
@@ -79,6 +79,14 @@ def estimate(values: Iterable[float]) -> Estimate | None:
     count = len(values)
     half_width = t_quantile(count - 1) * stdev(values) / math.sqrt(count) if count > 1 else None
     return Estimate(fmean(values), half_width, count)
+
+
+def estimate_share(shares: Sequence[Mapping[str, float]], scale: float = 1.0) -> Estimate | None:
+    """As `estimate`, of shares {"value", "low", "high"}; the interval of a single seed is that of its own sample."""
+    if len(shares) == 1:
+        value, low, high = (scale * shares[0][key] for key in ("value", "low", "high"))
+        return Estimate(value, max(value - low, high - value), 1)
+    return estimate(scale * share["value"] for share in shares)
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
+from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.report import words
 from newllm.experiments.report.memories import memories_section
 from newllm.experiments.report.plots import all_plots, position_estimates
@@ -18,20 +19,8 @@ from newllm.experiments.report.recall import recall_plots, recall_section
 from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
 from newllm.experiments.report.reversal import reversal_plots, reversal_section
 from newllm.experiments.report.selective import selective_section
-from newllm.experiments.results import (
-    ModelSummary,
-    Results,
-    best_models,
-    decimals,
-    number,
-    percent,
-    ranked,
-    read_results,
-    summarise,
-    value_text,
-    with_interval,
-)
-from newllm.experiments.statistics import Estimate
+from newllm.experiments.results import Results, read_results
+from newllm.experiments.summary import ModelSummary, best_models, decimals, ranked, summarise
 
 
 def write_report(folder: Path) -> Path:
@@ -126,7 +115,7 @@ def table(summaries: list[ModelSummary], columns: list[Column]) -> dict[str, Any
                 {
                     "text": number(value.mean, places[column.key]) if value else "—",
                     "interval": number(value.half_width, places[column.key]) if value and value.half_width else "",
-                    "full": value_text(summary, column, places[column.key]),
+                    "full": figure(value, places[column.key]),
                     "sort": value.mean if value else None,
                     "best": summary.model in best[column.key],
                     **_difference_cell(summary, column, column.key in varying),
@@ -161,18 +150,14 @@ def difference_rows(summaries: list[ModelSummary]) -> list[dict[str, Any]]:
             {
                 "model": summary.model,
                 "seeds": difference.absolute.count,
-                "absolute": _signed(difference.absolute, 2),
-                "percent": _signed(difference.percent, 1),
-                "bits": _signed(bits.absolute, 4) if bits else "—",
+                "absolute": figure(difference.absolute, 2, signed=True),
+                "percent": figure(difference.percent, 1, signed=True),
+                "bits": figure(bits.absolute if bits else None, 4, signed=True),
                 "verdict": difference.verdict,
                 "sort": difference.absolute.mean,
             }
         )
     return rows
-
-
-def _signed(value: Estimate, places: int) -> str:
-    return with_interval(number(value.mean, places, signed=True), value, places)
 
 
 def position_table(summaries: list[ModelSummary]) -> dict[str, Any]:
@@ -181,9 +166,8 @@ def position_table(summaries: list[ModelSummary]) -> dict[str, Any]:
     ranges = list(dict.fromkeys(name for values in by_model.values() for name in values))
     rows = []
     for summary in ranked(summaries):
-        values = [by_model[summary.model].get(name) for name in ranges]
-        texts = ["—" if value is None else with_interval(number(value.mean, 2), value, 2) for value in values]
-        rows.append({"model": summary.model, "valid": summary.valid, "cells": texts})
+        cells = [figure(by_model[summary.model].get(name), 2) for name in ranges]
+        rows.append({"model": summary.model, "valid": summary.valid, "cells": cells})
     return {"ranges": ranges, "rows": rows if ranges else []}
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from newllm.experiments.results import ModelSummary, number, percent, ranked, with_interval
+from newllm.experiments.figures import mean_figure, number, percent
 from newllm.experiments.statistics import estimate
+from newllm.experiments.summary import ModelSummary, measured
 
 KEY = "memories"
 
 
 def memories_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     """A row for each valid model with memories, best perplexity first; None where there is no such model."""
-    rows = []
-    for summary in ranked(summaries):
-        records = [row[KEY] for row in summary.rows if row.get(KEY)]
-        if records and summary.valid:
-            rows.append({"model": summary.model, "cells": cells(records)})
+    rows = [{"model": s.model, "cells": cells(s.records(KEY))} for s in measured(summaries, KEY)]
     return {"rows": rows} if rows else None
 
 
@@ -26,7 +23,7 @@ def cells(records: list[dict[str, Any]]) -> list[str]:
     return [
         "; ".join(_gates(entries) for entries in layers),
         _cost(records, "closed_ppl"),
-        "; ".join(_mean([entry["fine_open"] for entry in entries]) for entries in layers),
+        "; ".join(mean_figure((entry["fine_open"] for entry in entries), 2) for entries in layers),
         _cost(records, "fine_closed_ppl"),
     ]
 
@@ -36,11 +33,6 @@ def _gates(entries: tuple[dict[str, Any], ...]) -> str:
     gates = [gate for entry in entries for gate in entry["gates"]]
     low, high = number(min(gates), 2), number(max(gates), 2)
     return f"layer {entries[0]['layer']}: {low if low == high else f'{low}–{high}'}"
-
-
-def _mean(values: list[float | None]) -> str:
-    mean = estimate(value for value in values if value is not None)
-    return "—" if mean is None else with_interval(number(mean.mean, 2), mean, 2)
 
 
 def _cost(records: list[dict[str, Any]], key: str) -> str:

@@ -12,8 +12,9 @@ from statistics import fmean
 from typing import Any
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
-from newllm.experiments.results import ModelSummary, number, ranked
+from newllm.experiments.figures import number
 from newllm.experiments.statistics import Estimate, estimate, paired_difference
+from newllm.experiments.summary import ModelSummary, ranked
 
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
 MAX_POINTS = 80  # of a training loss curve; more would only draw noise
@@ -27,8 +28,14 @@ def trace(model: int, role: str, x: list, y: list, **options: Any) -> dict[str, 
     return {"type": "scatter", "x": x, "y": y, "meta": {"model": model, "role": role}, "showlegend": False, **options}
 
 
-def error_bars(estimates: list[Estimate]) -> dict[str, Any]:
-    return {"type": "data", "array": [e.half_width or 0 for e in estimates], "visible": True}
+def error_bars(estimates: list[Estimate], most: float | None = None) -> dict[str, Any]:
+    """Half widths of intervals; where the values are shares, the bars stay within 0 and `most`."""
+    half = [value.half_width or 0 for value in estimates]
+    if most is None:
+        return {"type": "data", "array": half, "visible": True}
+    up = [min(width, most - value.mean) for width, value in zip(half, estimates, strict=True)]
+    down = [min(width, value.mean) for width, value in zip(half, estimates, strict=True)]
+    return {"type": "data", "array": up, "arrayminus": down, "symmetric": False, "visible": True}
 
 
 def label(model: str, width: int | None = None) -> str:

@@ -5,27 +5,17 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+from newllm.experiments.figures import mean_figure
 from newllm.experiments.report.plots import Figure, label, trace
-from newllm.experiments.results import ModelSummary, number, ranked, with_interval
-from newllm.experiments.statistics import estimate
+from newllm.experiments.summary import ModelSummary, measured
 
 KEY = "projection"
-
-
-def measured(summaries: list[ModelSummary]) -> list[ModelSummary]:
-    """The valid models with such a first phase, best perplexity first."""
-    return [s for s in ranked(summaries) if s.valid and records(s)]
-
-
-def records(summary: ModelSummary) -> list[dict[str, Any]]:
-    """What the first phase said of itself, one record for each seed."""
-    return [row[KEY] for row in summary.rows if row.get(KEY)]
 
 
 def convergence(summary: ModelSummary) -> dict[int, float]:
     """Share of converged tokens in percent by iteration, mean over the seeds that came so far."""
     shares: dict[int, list[float]] = {}
-    for record in records(summary):
+    for record in summary.records(KEY):
         for line in record["curve"]:
             shares.setdefault(line["iteration"], []).append(100 * line["converged"])
     return {iteration: fmean(values) for iteration, values in shares.items()}
@@ -34,7 +24,7 @@ def convergence(summary: ModelSummary) -> dict[int, float]:
 def projection_plots(summaries: list[ModelSummary]) -> dict[str, Figure]:
     """{element id: figure}: converged tokens against iterations."""
     lines = []
-    for summary in measured(summaries):
+    for summary in measured(summaries, KEY):
         points, model = convergence(summary), summaries.index(summary)
         hover = f"<b>{label(summary.model)}</b>, iteration %{{x}}<br>%{{y:.1f}} %<extra></extra>"
         x, y = list(points), list(points.values())
@@ -48,7 +38,7 @@ def projection_plots(summaries: list[ModelSummary]) -> dict[str, Figure]:
 
 def projection_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     """A row for each of these models; None where there is none."""
-    rows = [{"model": s.model, "cells": cells(records(s))} for s in measured(summaries)]
+    rows = [{"model": s.model, "cells": cells(s.records(KEY))} for s in measured(summaries, KEY)]
     return {"rows": rows} if rows else None
 
 
@@ -58,15 +48,9 @@ def cells(found: list[dict[str, Any]]) -> list[str]:
     passes = [[record[when]["passes"] for record in found] for when in ("before", "after")]
     losses = [[record["curve"][place]["loss"] for record in found] for place in (0, -1)]
     return [
-        _mean([record["iterations"] for record in found], 0 if len(found) == 1 else 1),
-        _mean([100 * record["converged"] for record in found], 1),
-        " → ".join(_mean(values, 4) for values in losses),
-        " → ".join(_mean(values, 1) for values in ranks) + f" of {found[0]['size']}",
-        " → ".join(_mean(values, 0 if len(found) == 1 else 1) for values in passes),
+        mean_figure((record["iterations"] for record in found), 0 if len(found) == 1 else 1),
+        mean_figure((100 * record["converged"] for record in found), 1),
+        " → ".join(mean_figure(values, 4) for values in losses),
+        " → ".join(mean_figure(values, 1) for values in ranks) + f" of {found[0]['size']}",
+        " → ".join(mean_figure(values, 0 if len(found) == 1 else 1) for values in passes),
     ]
-
-
-def _mean(values: list[float], places: int) -> str:
-    mean = estimate(values)
-    assert mean is not None
-    return with_interval(number(mean.mean, places), mean, places)

@@ -5,32 +5,28 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from newllm.experiments.report.plots import LABEL_WIDTH, Figure, label, trace
-from newllm.experiments.results import ModelSummary, number, ranked, with_interval
-from newllm.experiments.statistics import Estimate, estimate
+from newllm.experiments.figures import figure, number
+from newllm.experiments.report.plots import LABEL_WIDTH, Figure, error_bars, label, trace
+from newllm.experiments.statistics import Estimate, estimate_share
+from newllm.experiments.summary import ModelSummary, measured
 
 KEY = "recall_across_segments"
 KNOCK_OUTS = {"zeroed": "memories zeroed", "swapped": "memories of another text"}
 
 
-def measured(summaries: list[ModelSummary]) -> list[ModelSummary]:
-    """The valid models whose recall was measured, best perplexity first."""
-    return [s for s in ranked(summaries) if s.valid and any(row.get(KEY) for row in s.rows)]
-
-
 def settings(shown: list[ModelSummary]) -> dict[str, Any]:
     """What was asked of every model alike: segment, facts, answers, chance, example."""
-    return next(row[KEY] for row in shown[0].rows if row.get(KEY))
+    return shown[0].records(KEY)[0]
 
 
 def at(summary: ModelSummary, distance: int) -> list[dict[str, Any]]:
     """What was measured at a distance, one record for each seed."""
-    records = [record for row in summary.rows if row.get(KEY) for record in row[KEY]["distances"]]
-    return [record for record in records if record["distance"] == distance]
+    entries = [entry for record in summary.records(KEY) for entry in record["distances"]]
+    return [entry for entry in entries if entry["distance"] == distance]
 
 
 def distances(summary: ModelSummary) -> list[int]:
-    return sorted({record["distance"] for row in summary.rows if row.get(KEY) for record in row[KEY]["distances"]})
+    return sorted({entry["distance"] for record in summary.records(KEY) for entry in record["distances"]})
 
 
 def accuracy(summary: ModelSummary, distance: int, knock_out: str = "", which: str = "accuracy") -> Estimate | None:
@@ -38,11 +34,7 @@ def accuracy(summary: ModelSummary, distance: int, knock_out: str = "", which: s
     records = at(summary, distance)
     if knock_out:
         records = [record[knock_out] for record in records if knock_out in record]
-    shares = [record[which] for record in records]
-    if len(shares) == 1:
-        value, low, high = (100 * shares[0][key] for key in ("value", "low", "high"))
-        return Estimate(value, max(value - low, high - value), 1)
-    return estimate(100 * share["value"] for share in shares)
+    return estimate_share([record[which] for record in records], 100)
 
 
 def state_bytes(summary: ModelSummary, distance: int) -> float:
@@ -52,7 +44,7 @@ def state_bytes(summary: ModelSummary, distance: int) -> float:
 
 def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
     """{element id: figure}: accuracy against the distance, and at the greatest distance against the bytes of state."""
-    shown = measured(summaries)
+    shown = measured(summaries, KEY)
     if not shown:
         return {}
     index = {s.model: i for i, s in enumerate(summaries)}
@@ -71,7 +63,7 @@ def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
                     [value.mean for value in found.values()],
                     mode="lines+markers",
                     hovertemplate=f"<b>{name}</b>{what}<br>%{{y:.1f}} %, %{{x}} segments later<extra></extra>",
-                    **({} if knock_out else {"error_y": _error(list(found.values()))}),
+                    **({} if knock_out else {"error_y": error_bars(list(found.values()), 100)}),
                 )
             )
         last = accuracy(summary, places[-1])
@@ -83,7 +75,7 @@ def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
                 "point",
                 [size],
                 [last.mean],
-                error_y=_error([last]),
+                error_y=error_bars([last], 100),
                 text=[label(summary.model, LABEL_WIDTH)],
                 hovertemplate=f"<b>{name}</b><br>%{{y:.1f}} %<br>{number(size, 0)} bytes<extra></extra>",
             )
@@ -120,14 +112,6 @@ def _ticks(sizes: list[float]) -> dict[float, str]:
     return {2.0**power: f"{2 ** (power % 10)} {units[power // 10]}" for power in powers}
 
 
-def _error(estimates: list[Estimate]) -> dict[str, Any]:
-    """Error bars that stay within 0 and 100 %."""
-    half = [value.half_width or 0 for value in estimates]
-    up = [min(width, 100 - value.mean) for width, value in zip(half, estimates, strict=True)]
-    down = [min(width, value.mean) for width, value in zip(half, estimates, strict=True)]
-    return {"type": "data", "array": up, "arrayminus": down, "symmetric": False, "visible": True}
-
-
 def _name(summary: ModelSummary, distance: int) -> str:
     """A distance, with a star where its windows are longer than those of training."""
     return f"{distance}{' *' if at(summary, distance)[0]['beyond_training'] else ''}"
@@ -135,7 +119,7 @@ def _name(summary: ModelSummary, distance: int) -> str:
 
 def recall_table(summaries: list[ModelSummary]) -> dict[str, Any]:
     """Accuracy at each distance; at the greatest one also among the facts told, the knock-outs, and the state."""
-    shown = measured(summaries)
+    shown = measured(summaries, KEY)
     names = list(dict.fromkeys(_name(s, place) for s in shown for place in distances(s)))
     rows = []
     for summary in shown:
@@ -145,18 +129,14 @@ def recall_table(summaries: list[ModelSummary]) -> dict[str, Any]:
             accuracy(summary, places[-1], which="accuracy_among_told"),
             *(accuracy(summary, places[-1], knock_out) for knock_out in KNOCK_OUTS),
         ]
-        cells = [_percent(by_name.get(name)) for name in names] + [_percent(value) for value in rest]
+        cells = [figure(value, 1) for value in (*map(by_name.get, names), *rest)]
         rows.append({"model": summary.model, "cells": [*cells, number(state_bytes(summary, places[-1]), 0)]})
     return {"distances": names, "rows": rows}
 
 
-def _percent(value: Estimate | None) -> str:
-    return "—" if value is None else with_interval(number(value.mean, 1), value, 1)
-
-
 def recall_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     """What the templates show; None where no recall was measured."""
-    shown = measured(summaries)
+    shown = measured(summaries, KEY)
     if not shown:
         return None
     recall = settings(shown)

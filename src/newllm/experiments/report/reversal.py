@@ -4,32 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from newllm.experiments.report.plots import Figure, label, trace
-from newllm.experiments.results import ModelSummary, number, ranked, with_interval
-from newllm.experiments.statistics import Estimate, estimate
+from newllm.experiments.figures import figure, mean_figure
+from newllm.experiments.report.plots import Figure, error_bars, label, trace
+from newllm.experiments.statistics import Estimate, estimate_share
+from newllm.experiments.summary import ModelSummary, measured
 
 KEY = "reversal"
 GROUPS = {"never": "never told", "forward": "told forward", "both": "told both ways"}
 GUESSING = 0.5  # AUC
 
 
-def measured(summaries: list[ModelSummary]) -> list[ModelSummary]:
-    """The valid models that were asked, best perplexity first."""
-    return [s for s in ranked(summaries) if s.valid and any(row.get(KEY) for row in s.rows)]
-
-
-def records(summary: ModelSummary) -> list[dict[str, Any]]:
-    """What was measured, one record for each seed."""
-    return [row[KEY] for row in summary.rows if row.get(KEY)]
-
-
 def share(summary: ModelSummary, group: str, direction: str, which: str, scale: float = 1.0) -> Estimate:
     """Mean over seeds of an AUC or a share; the interval of one seed is that of its pairs alone."""
-    found = [record["groups"][group][direction][which] for record in records(summary)]
-    if len(found) == 1:
-        value, low, high = (scale * found[0][key] for key in ("value", "low", "high"))
-        return Estimate(value, max(value - low, high - value), 1)
-    mean = estimate(scale * each["value"] for each in found)
+    found = [record["groups"][group][direction][which] for record in summary.records(KEY)]
+    mean = estimate_share(found, scale)
     assert mean is not None
     return mean
 
@@ -46,8 +34,8 @@ def exact(summary: ModelSummary, group: str, direction: str) -> Estimate:
 
 def verdict(summary: ModelSummary) -> str:
     """What may be said of the pairs told forward only."""
-    needed = 100 * records(summary)[0]["needed"]
-    if not all(record["told"] for record in records(summary)):
+    needed = 100 * summary.records(KEY)[0]["needed"]
+    if not all(record["told"] for record in summary.records(KEY)):
         return "cannot tell: the facts are not learnt"
     if exact(summary, "both", "backward").mean < needed:
         return "cannot tell: the backward questions are not learnt"
@@ -60,7 +48,7 @@ def verdict(summary: ModelSummary) -> str:
 
 def reversal_plots(summaries: list[ModelSummary]) -> dict[str, Figure]:
     """{element id: figure}: AUC of the backward questions by group, and questions answered exactly."""
-    shown = measured(summaries)
+    shown = measured(summaries, KEY)
     if not shown:
         return {}
     by_group = {name: (group, "backward") for group, name in GROUPS.items()}
@@ -90,9 +78,9 @@ def _lines(
 ) -> list[dict[str, Any]]:
     """A line for each model through its figures at places {name: (group, direction)}."""
     traces = []
-    for summary in measured(summaries):
+    for summary in measured(summaries, KEY):
         values = [share(summary, *place, which, scale) for place in places.values()]
-        figure = "%{y:.1f} %" if scale == 100 else "%{y:.3f}"
+        shown = "%{y:.1f} %" if scale == 100 else "%{y:.3f}"
         traces.append(
             trace(
                 summaries.index(summary),
@@ -100,27 +88,19 @@ def _lines(
                 list(places),
                 [value.mean for value in values],
                 mode="lines+markers",
-                error_y=_error(values, scale),
-                hovertemplate=f"<b>{label(summary.model)}</b><br>{figure}, %{{x}}<extra></extra>",
+                error_y=error_bars(values, scale),
+                hovertemplate=f"<b>{label(summary.model)}</b><br>{shown}, %{{x}}<extra></extra>",
             )
         )
     return traces
 
 
-def _error(values: list[Estimate], most: float) -> dict[str, Any]:
-    """Error bars that stay within 0 and `most`."""
-    half = [value.half_width or 0 for value in values]
-    up = [min(width, most - value.mean) for width, value in zip(half, values, strict=True)]
-    down = [min(width, value.mean) for width, value in zip(half, values, strict=True)]
-    return {"type": "data", "array": up, "arrayminus": down, "symmetric": False, "visible": True}
-
-
 def reversal_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     """What the templates show; None where nothing was asked."""
-    shown = measured(summaries)
+    shown = measured(summaries, KEY)
     if not shown:
         return None
-    first = records(shown[0])[0]
+    first = shown[0].records(KEY)[0]
     return {
         **{key: first[key] for key in ("pairs", "kinds", "left_out", "needed", "example")},
         "readings": _readings(shown),
@@ -132,31 +112,31 @@ def reversal_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
 
 def _readings(shown: list[ModelSummary]) -> str:
     """'105–117' where the kept checkpoints differ in how often each sentence had been read."""
-    counts = [round(record["readings"]) for summary in shown for record in records(summary)]
+    counts = [round(record["readings"]) for summary in shown for record in summary.records(KEY)]
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}–{max(counts)}"
 
 
 def recall_cells(summary: ModelSummary) -> list[str]:
     """Forward and backward recall of what was told forward, its AUC and p; ceiling, floor, verdict."""
     return [
-        _text(exact(summary, "forward", "forward"), 1),
-        _text(exact(summary, "forward", "backward"), 1),
-        _text(auc(summary), 3),
-        _span([record["groups"]["forward"]["backward"]["p"] for record in records(summary)]),
-        _text(exact(summary, "both", "backward"), 1),
-        _text(auc(summary, "never"), 3),
+        figure(exact(summary, "forward", "forward"), 1),
+        figure(exact(summary, "forward", "backward"), 1),
+        figure(auc(summary), 3),
+        _span([record["groups"]["forward"]["backward"]["p"] for record in summary.records(KEY)]),
+        figure(exact(summary, "both", "backward"), 1),
+        figure(auc(summary, "never"), 3),
         verdict(summary),
     ]
 
 
 def more_cells(summary: ModelSummary) -> list[str]:
     """Of what was told forward: perplexities of whole sentences, ranks in the pool, AUC among other answers."""
-    told = [record["groups"]["forward"] for record in records(summary)]
+    told = [record["groups"]["forward"] for record in summary.records(KEY)]
     return [
-        *(_mean((record[key] for record in records(summary)), 2) for key in ("forward_ppl", "backward_ppl")),
-        *(_mean((record[key] for record in records(summary)), 2) for key in ("ratio", "gap")),
-        *(_mean((group[d]["mean_rank_pool"] for group in told), 1) for d in ("forward", "backward")),
-        *(_mean((group["backward"][key] for group in told), 3) for key in ("auc_kind", "auc_pool")),
+        *(mean_figure((record[key] for record in summary.records(KEY)), 2) for key in ("forward_ppl", "backward_ppl")),
+        *(mean_figure((record[key] for record in summary.records(KEY)), 2) for key in ("ratio", "gap")),
+        *(mean_figure((group[d]["mean_rank_pool"] for group in told), 1) for d in ("forward", "backward")),
+        *(mean_figure((group["backward"][key] for group in told), 3) for key in ("auc_kind", "auc_pool")),
     ]
 
 
@@ -164,13 +144,3 @@ def _span(values: list[float]) -> str:
     """'0.21–0.77' where seeds differ."""
     low, high = f"{min(values):.2g}", f"{max(values):.2g}"
     return low if low == high else f"{low}–{high}"
-
-
-def _mean(values: Any, places: int) -> str:
-    """A dash where a perplexity was infinite."""
-    mean = estimate(value for value in values if value is not None)
-    return "—" if mean is None else _text(mean, places)
-
-
-def _text(value: Estimate, places: int) -> str:
-    return with_interval(number(value.mean, places), value, places)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from newllm.experiments.results import ModelSummary, number, ranked, with_interval
-from newllm.experiments.statistics import estimate
+from newllm.experiments.figures import mean_figure
+from newllm.experiments.summary import ModelSummary, measured
 
 KEY = "selective"
 
 
 def selective_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     """A row for each valid model with such gates, best perplexity first; None where there is no such model."""
-    rows = []
-    for summary in ranked(summaries):
-        records = [row[KEY] for row in summary.rows if row.get(KEY)]
-        if records and summary.valid:
-            rows.append({"model": summary.model, "cells": cells(records)})
+    rows = [{"model": s.model, "cells": cells(s.records(KEY))} for s in measured(summaries, KEY)]
     return {"rows": rows} if rows else None
 
 
@@ -28,15 +23,9 @@ def cells(records: list[dict[str, Any]]) -> list[str]:
     """
     passes = range(1 + records[0]["max_skip"])
     return [
-        _mean(records, lambda record: record["ppl"], 2),
-        _mean(records, lambda record: record["weighted_ppl"], 2),
-        _mean(records, lambda record: record["weight"], 3),
-        "; ".join(_mean(records, lambda record, p=p: 100 * record["passes"][p]["emitted"], 1) for p in passes),  # type: ignore[misc]
-        "; ".join(_mean(records, lambda record, p=p: record["passes"][p]["ppl"], 2) for p in passes),  # type: ignore[misc]
+        mean_figure((record["ppl"] for record in records), 2),
+        mean_figure((record["weighted_ppl"] for record in records), 2),
+        mean_figure((record["weight"] for record in records), 3),
+        "; ".join(mean_figure((100 * record["passes"][p]["emitted"] for record in records), 1) for p in passes),
+        "; ".join(mean_figure((record["passes"][p]["ppl"] for record in records), 2) for p in passes),
     ]
-
-
-def _mean(records: list[dict[str, Any]], figure: Callable[[dict[str, Any]], float | None], places: int) -> str:
-    """A dash where a perplexity was infinite."""
-    mean = estimate(value for value in map(figure, records) if value is not None)
-    return "—" if mean is None else with_interval(number(mean.mean, places), mean, places)

@@ -6,17 +6,10 @@ from collections import Counter
 from typing import Any
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
+from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.report import recall, recurrence, reversal
-from newllm.experiments.results import (
-    ModelSummary,
-    Results,
-    decimals,
-    number,
-    percent,
-    ranked,
-    value_text,
-    with_interval,
-)
+from newllm.experiments.results import Results
+from newllm.experiments.summary import ModelSummary, decimals, measured, ranked
 
 STATE = ALL_COLUMNS["state_bytes"]
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
@@ -50,7 +43,7 @@ def headline(results: Results, summaries: list[ModelSummary]) -> str:
     if not shown:
         return "There is no valid result: every run failed, diverged or is INVALID (see the checks)."
     best, places = shown[0], decimals(summaries, LEAD)
-    value = value_text(best, LEAD, places)
+    value = figure(best.values[LEAD.key], places)
     if len(shown) == 1:
         return f"{best.model} reaches a test perplexity of {value}."
     if best.is_baseline:
@@ -129,7 +122,7 @@ def _memory(results: Results, shown: list[ModelSummary]) -> str:
 
 def _recall(shown: list[ModelSummary]) -> str:
     """The greatest distance, best first; with how much is left when a model's memories are taken away."""
-    asked = recall.measured(shown)
+    asked = measured(shown, recall.KEY)
     if not asked:
         return ""
     place = max(recall.distances(asked[0]))
@@ -145,12 +138,12 @@ def _recall(shown: list[ModelSummary]) -> str:
 
 def _reversal(shown: list[ModelSummary]) -> str:
     """What is known backward of facts that were told forward; in the words of the models' verdicts."""
-    asked = reversal.measured(shown)
+    asked = measured(shown, reversal.KEY)
     if not asked:
         return ""
     groups: dict[str, list[str]] = {}
     for summary in asked:
-        auc = with_interval(number(reversal.auc(summary).mean, 3), reversal.auc(summary), 3)
+        auc = figure(reversal.auc(summary), 3)
         told = number(reversal.exact(summary, "forward", "forward").mean, 0)
         groups.setdefault(reversal.verdict(summary), []).append(f"{summary.model} (forward {told} %, AUC {auc})")
     said = " ".join(f"{capitalised(what)}: {join(models)}." for what, models in groups.items())
@@ -160,7 +153,7 @@ def _reversal(shown: list[ModelSummary]) -> str:
 def _recurrence(shown: list[ModelSummary]) -> str:
     """What states of a discrete pass make of a model that feeds a state back, beside what it is by itself."""
     said = []
-    for summary in recurrence.measured(shown):
+    for summary in measured(shown, recurrence.KEY):
         fewest = recurrence.numbers([summary])[0]
         first, truth = recurrence.after(summary).get(fewest), recurrence.true(summary)
         if first and truth:
