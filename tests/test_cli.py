@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 import yaml
 
 from newllm import __version__, cli
+from newllm.cli.bench import BENCHES
 from newllm.commands.flags import field_docs
 from newllm.commands.generate import GenerateSettings, continue_text
 from newllm.data.hub import load_tokenizer
@@ -70,6 +72,11 @@ def test_every_command_has_help_with_examples(name, capsys):
     out = capsys.readouterr().out
     assert f"usage: newllm {name}" in out
     assert f"examples:\n  newllm {name}" in out
+
+
+def test_every_benchmark_has_what_measures_it():
+    for bench in BENCHES.values():
+        assert callable(resolve_name(bench.run))
 
 
 def test_a_group_lists_its_commands(capsys):
