@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from results_fixture import make_results
 
-from newllm.experiments.report import words, write_report
+from newllm.experiments.report import facts, findings, write_report
 from newllm.experiments.report.recall import accuracy, recall_plots
 from newllm.experiments.results import write_results
 from newllm.experiments.summary import summarise
@@ -196,7 +196,7 @@ def test_an_invalid_model_is_unmistakable_and_wins_nothing(tmp_path):
     assert "changing token 17 changes logit 16" in html
     assert '<td class="not-judged">not judged</td>' in html
     assert "pythia\\_alibi **INVALID**" in (tmp_path / "report.md").read_text()
-    said = words.headline(results, summarise(results))
+    said = findings.headline(results, summarise(results))
     assert said.startswith("None of the other models has a lower test perplexity than the baseline pythia")
 
 
@@ -206,7 +206,7 @@ def test_an_invalid_model_that_mixes_rows_is_not_said_to_see_the_future():
         if row["model"] == "gqa":
             row["valid"] = False
             row["checks"][1]["passed"] = row["checks"][2]["passed"] = False
-    said = dict(words.findings(results, summarise(results)))["Checks"]
+    said = dict(findings.findings(results, summarise(results)))["Checks"]
     assert said.startswith("gqa: INVALID. It fails: rows, chunks. Its perplexity means nothing")
 
 
@@ -216,35 +216,36 @@ def test_a_leak_that_shows_only_as_trained_is_called_one():
         if row["model"] == "gqa":
             row["valid"] = False
             row["checks"].append({"name": "future, as trained", "passed": False, "detail": "leaks the future"})
-    said = dict(words.findings(results, summarise(results)))["Checks"]
+    said = dict(findings.findings(results, summarise(results)))["Checks"]
     assert said.startswith("gqa: INVALID. It fails: future, as trained. It sees the tokens it should predict. Its perp")
 
 
 def test_a_part_of_the_test_split_is_called_a_part():
     results = make_results()
-    assert "Scored" not in dict(words.facts(results))
+    assert "Scored" not in dict(facts.facts(results))
     results["settings"]["eval_tokens"] = 60_000
     for row in results["rows"]:
         row["test_tokens"] = 59_990
-    assert dict(words.facts(results))["Scored"] == "59,990 of 78,900 test tokens (--eval-tokens)"
+    assert dict(facts.facts(results))["Scored"] == "59,990 of 78,900 test tokens (--eval-tokens)"
 
 
 def test_wording_follows_the_intervals():
     many = make_results()
-    assert "lower than the baseline pythia" in words.headline(many, summarise(many))
-    quality = dict(words.findings(many, summarise(many)))["Quality"]
+    assert "lower than the baseline pythia" in findings.headline(many, summarise(many))
+    quality = dict(findings.findings(many, summarise(many)))["Quality"]
     assert re.search(r"No difference shown \(the interval includes zero\): gqa \(", quality)
     one = make_results(1)
-    assert "in a single run each" in words.headline(one, summarise(one))
+    assert "in a single run each" in findings.headline(one, summarise(one))
     assert (
-        "One seed for each model cannot tell small differences" in dict(words.findings(one, summarise(one)))["How sure"]
+        "One seed for each model cannot tell small differences"
+        in dict(findings.findings(one, summarise(one)))["How sure"]
     )
     noisy = make_results(3, 2)
     for row in noisy["rows"]:
         row["test_ppl"] = {"pythia": [80, 81, 82], "pythia_alibi": [79, 82, 80]}[row["model"]][row["seed"]]
     noisy["rows"].append({**noisy["rows"][1], "seed": 1, "test_ppl": 82})
     noisy["rows"].append({**noisy["rows"][1], "seed": 2, "test_ppl": 80})
-    assert "no difference to the baseline pythia is shown" in words.headline(noisy, summarise(noisy))
+    assert "no difference to the baseline pythia is shown" in findings.headline(noisy, summarise(noisy))
 
 
 def test_a_report_without_speed_baseline_or_rows_is_still_made(tmp_path):

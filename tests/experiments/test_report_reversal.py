@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from results_fixture import make_results
 
-from newllm.experiments.report import words, write_report
+from newllm.experiments.report import findings, write_report
 from newllm.experiments.report.reversal import auc, reversal_plots, verdict
 from newllm.experiments.results import write_results
 from newllm.experiments.summary import summarise
@@ -128,10 +128,10 @@ def test_the_section_stands_only_where_it_was_measured(tmp_path):
 
 def test_the_summary_says_what_may_be_said():
     results = results_of()
-    said = dict(words.findings(results, summarise(results)))["Reversal"]
+    said = dict(findings.findings(results, summarise(results)))["Reversal"]
     assert re.search(r"Backward recall: pythia_alibi \(forward 9\d %, AUC 0\.7\d", said)
     assert "Cannot tell: the facts are not learnt: gqa (forward 4" in said or "gqa (forward 3" in said
-    assert "Reversal" not in dict(words.findings(make_results(), summarise(make_results())))
+    assert "Reversal" not in dict(findings.findings(make_results(), summarise(make_results())))
 
 
 @needs_chromium

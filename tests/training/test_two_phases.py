@@ -14,7 +14,7 @@ from tiny_runs import STEP, metrics, run
 from newllm.data import prepare
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.experiments import runner
-from newllm.experiments.report.words import facts
+from newllm.experiments.report.facts import facts
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve

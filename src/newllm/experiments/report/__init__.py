@@ -11,7 +11,7 @@ import yaml
 
 from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
 from newllm.experiments.figures import figure, number, percent
-from newllm.experiments.report import words
+from newllm.experiments.report import facts, findings, words
 from newllm.experiments.report.memories import memories_section
 from newllm.experiments.report.plots import all_plots, position_estimates
 from newllm.experiments.report.projection import projection_plots, projection_section
@@ -60,11 +60,11 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
     check_names = list(dict.fromkeys(c["name"] for s in summaries for row in s.rows for c in row["checks"]))
     return {
         "results": results,
-        "title": f"{words.capitalised(words.count(len(summaries), 'language model'))} on {words.corpus(results)}",
-        "headline": words.headline(results, summaries),
-        "findings": words.findings(results, summaries),
-        "facts": words.facts(results),
-        "short_facts": words.short_facts(results),
+        "title": f"{words.capitalised(words.count(len(summaries), 'language model'))} on {facts.corpus(results)}",
+        "headline": findings.headline(results, summaries),
+        "findings": findings.findings(results, summaries),
+        "facts": facts.facts(results),
+        "short_facts": facts.short_facts(results),
         "models": summaries,
         "table": table(summaries, MAIN_COLUMNS),
         "differences": difference_rows(summaries),
@@ -188,7 +188,7 @@ def check_row(summary: ModelSummary, names: list[str]) -> dict[str, Any]:
         "summary": summary,
         "outcomes": outcomes,
         "problems": problems,
-        "alarm": "" if summary.valid else words.why_invalid(summary),
+        "alarm": "" if summary.valid else findings.why_invalid(summary),
         "details": details,
         "band": band.get("band", "—"),
         "advice": band.get("advice", ""),

@@ -1,0 +1,152 @@
+"""What a comparison is about: its text, budget, shape, seeds and machine, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from newllm.experiments.report.words import count, join
+from newllm.experiments.results import Results
+
+CORPUS_TITLES = {"shakespeare": "Shakespeare's plays", "pile": "the Pile"}
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """What was compared, on which text, under which budget, where and when; (label, text)."""
+    settings, machine = results["settings"], results["machine"]
+    seeds = sorted({row["seed"] for row in results["rows"]})
+    rows = [
+        ("Text", _text(results)),
+        ("Scored", _scored(results)),
+        ("Budget", _budget(settings, results["rows"])),
+        ("First phase", _first_phases(results["rows"])),
+        ("Shape", _shape(settings)),
+        ("Seeds", f"{count(len(seeds), 'seed')}: {', '.join(map(str, seeds))}" if seeds else ""),
+        ("Machine", _machine(machine)),
+        ("Taken over", _taken_over(results["rows"])),
+        ("Made", f"{results['created'][:16].replace('T', ' ')} with newllm {results['version']}"),
+    ]
+    return [(label, text) for label, text in rows if text]
+
+
+def short_facts(results: Results) -> list[str]:
+    """Budget, seeds, machine and date in a few words each, for the line under the title."""
+    rows = results["rows"]
+    tokens = max((row["tokens"] for row in rows if row.get("tokens")), default=None)
+    seeds = len({row["seed"] for row in rows})
+    machine = results["machine"]
+    return [
+        *([f"{tokens:,} training tokens each"] if tokens else []),
+        *([count(seeds, "seed")] if seeds else []),
+        *([_processor(machine)] if machine.get("cpu") else []),
+        results["created"][:10],
+    ]
+
+
+def corpus(results: Results) -> str:
+    name = str(results["data"].get("corpus") or results["settings"].get("data", ""))
+    return CORPUS_TITLES.get(name, name)
+
+
+def _text(results: Results) -> str:
+    data = results["data"]
+    said = [corpus(results)]
+    for split, counts in (data.get("splits") or {}).items():
+        said.append(f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    if data.get("tokenizer"):
+        said.append(str(data["tokenizer"]))
+    overlap = data.get("overlap") or {}
+    if "test" in overlap:
+        said.append(f"{overlap['test']:.2%} of the test split's {overlap['ngram_words']}-word sequences occur in train")
+    return "; ".join(said)
+
+
+def _scored(results: Results) -> str:
+    """How much of the test split the perplexity is of, where --eval-tokens limits it."""
+    limit = results["settings"].get("eval_tokens")
+    available = ((results["data"].get("splits") or {}).get("test") or {}).get("tokens")
+    if not limit or not available or available <= limit:
+        return ""
+    scored = max((row["test_tokens"] for row in results["rows"] if row.get("test_tokens")), default=limit)
+    return f"{scored:,} of {available:,} test tokens (--eval-tokens)"
+
+
+def _budget(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    if settings.get("max_tokens"):
+        said = [f"{settings['max_tokens']:,} training tokens for each model"]
+    else:
+        samples = f"{settings['samples']:,} windows" if settings.get("samples") else "the training split"
+        said = [f"{settings.get('epochs') or 1:g} × {samples}"]
+        if tokens := [row["tokens"] for row in rows if row.get("tokens")]:
+            said.append(f"{_span(tokens)} tokens")
+    if settings.get("seq_length") and settings.get("batch_size"):
+        batch = settings["batch_size"] * settings.get("gradient_accumulation", 1)
+        said.append(f"{batch} windows of {settings['seq_length']} tokens in a step")
+    if settings.get("lr"):
+        said.append(f"AdamW, peak learning rate {settings['lr']:g}")
+    return "; ".join(said)
+
+
+def _first_phases(rows: list[dict[str, Any]]) -> str:
+    """What some models were trained on before the budget began."""
+    tokens: dict[str, list[int]] = {}
+    for row in rows:
+        if row.get("reconstruction"):
+            tokens.setdefault(row["model"], []).append(row["reconstruction"]["tokens"])
+    said = [f"{model}: reconstruction, {_span(counts)} more tokens" for model, counts in tokens.items()]
+    streams: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("projection"):
+            streams.setdefault(row["model"], []).append(row["projection"])
+    for model, records in streams.items():
+        iterations = _span([record["iterations"] for record in records])
+        said.append(f"{model}: {iterations} iterations over {records[0]['tokens']:,} tokens")
+    return "; ".join(said)
+
+
+def _span(counts: list[int]) -> str:
+    """'2,560', or '2,560 to 5,120' where seeds differ."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _shape(settings: dict[str, Any]) -> str:
+    names = {"num_layers": "layers", "hidden_size": "wide", "num_heads": "heads", "intermediate_size": "in the MLP"}
+    return ", ".join(f"{settings[key]:,} {name}" for key, name in names.items() if settings.get(key))
+
+
+def _taken_over(rows: list[dict[str, Any]]) -> str:
+    """'9 of 48 runs: 9 from caches.json (2026-11-24, AMD EPYC, 2 cores, newllm 0.1.0)', or nothing."""
+    origins = Counter(
+        f"{origin['from']} ({origin['created'][:10]}, {_processor(origin['machine'])}, newllm {origin['version']})"
+        for row in rows
+        if (origin := row.get("reused"))
+    )
+    named = [f"{amount} from {origin}" for origin, amount in origins.items()]
+    return f"{origins.total()} of {len(rows)} runs: {join(named)}" if named else ""
+
+
+def _processor(machine: dict[str, Any]) -> str:
+    """'AMD EPYC, 2 cores', or the name of the GPU."""
+    cores = f", {machine['cores']} cores" if machine.get("cores") and not machine.get("gpu") else ""
+    return f"{machine.get('gpu') or machine.get('cpu') or 'unknown machine'}{cores}"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    """Every entry the runner recorded; sizes in bytes as GiB."""
+    said = []
+    for key, value in machine.items():
+        name = key.removesuffix("_bytes").replace("_", " ")
+        if value is None:
+            continue
+        if key.endswith("_bytes"):
+            said.append(f"{value / 2**30:.0f} GiB {name}")
+        elif key in ("cpu", "gpu", "system"):
+            said.append(str(value))
+        elif isinstance(value, bool):
+            said.append(name if value else f"no {name}")
+        elif isinstance(value, int):
+            said.append(f"{value} {name}")
+        else:
+            said.append(f"{name} {value}")
+    return ", ".join(said)
