@@ -76,6 +76,9 @@ class Place:
         assert cli.main(self.train()) == 0
         return str(self.folder / "run")
 
+    def run_of(self, config: str) -> str:
+        return str(Path(self.file("run/config.yaml", config)).parent)
+
     def truncated_model(self) -> str:
         run = self.run()
         weights = Path(run) / "model" / "model.safetensors"
@@ -183,6 +186,8 @@ CASES = {
     # config files
     "no config of that name": (["compare", "--config", "nosuchconfig"], "unknown config 'nosuchconfig'"),
     "no config file": (["compare", "--config", "folder/none.yaml"], "folder/none.yaml: no such file"),
+    "config is a folder": (lambda p: ["compare", "--config", p.empty_folder("my") + "/"], "a folder: give a YAML file"),
+    "config with a very long name": (["compare", "--config", f"{'a' * 300}.yaml"], "aaa.yaml: file name too long"),
     "misspelt key": (
         lambda p: p.config("max_tokns: 5"),
         "my.yaml: unknown setting 'max_tokns': did you mean 'max_tokens'?",
@@ -276,6 +281,26 @@ CASES = {
     "no model folder": (["generate", "runs/none", "--prompt", "a"], "runs/none: no such folder"),
     "no run folder": (["evaluate", "runs/none"], "runs/none: no such folder"),
     "folder without a model": (lambda p: ["check", p.empty_folder("none")], "expected a run folder"),
+    "nothing to measure": (
+        lambda p: ["evaluate", p.empty_folder("none"), "--tasks", "efficiency"],
+        "none: expected a run folder",
+    ),
+    "run of Vintix": (
+        lambda p: ["evaluate", p.run_of("environment: pendulum")],
+        "is a run of newllm vintix, which newllm vintix evaluate measures",
+    ),
+    "run with a setting of another type": (
+        lambda p: ["evaluate", p.run_of("seq_length: abc")],
+        "config.yaml: seq_length is 'abc': it must be a whole number",
+    ),
+    "run with a list for a plugin": (
+        lambda p: ["check", p.run_of("plugin: [5]")],
+        "config.yaml: plugin is '[5]': it must be text",
+    ),
+    "run whose plugin has gone": (
+        lambda p: ["generate", p.run_of("plugin: gone.py"), "--prompt", "a"],
+        "run was trained: say where it is now with --plugin FILE.py",
+    ),
     "model of another kind": (lambda p: ["check", p.model(NEOX, b"")], "holds a 'gpt_neox' model"),
     "truncated weights": (lambda p: ["check", p.truncated_model()], "cannot load the model"),
     "unknown task": (
@@ -351,6 +376,13 @@ def test_wrong_input(name, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main(argv) == 2
     assert_one_line(capsys.readouterr().err, fragment)
+
+
+@pytest.mark.parametrize("argv", [["generate", "gqa"], ["memory", "ask", "model", "file"]])
+def test_closed_standard_input_is_an_empty_one(argv, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.main(argv) == 2
+    assert_one_line(capsys.readouterr().err, "the prompt is empty")
 
 
 @pytest.mark.parametrize("name", ["unknown command", "misspelt key", "no such file", "no plugin", "no model folder"])

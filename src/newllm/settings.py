@@ -323,7 +323,7 @@ class RunSettings(CommonSettings):
         if self.tokenizer is not None:
             values["tokenizer"] = spelt_alike(self.tokenizer)
         if self.plugin is not None:
-            values["plugin"] = hashlib.sha256(Path(self.plugin).read_bytes()).hexdigest()
+            values["plugin"] = hashlib.sha256(user_path(self.plugin).read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -362,10 +362,9 @@ def scale_names() -> list[str]:
 
 def load_scale(name: str) -> dict[str, Any]:
     """The values of a named scale."""
-    path = SCALES_FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    if name not in scale_names():
         raise nearest(name, scale_names(), "scale")
-    return yaml.safe_load(path.read_text())
+    return yaml.safe_load((SCALES_FOLDER / f"{name}.yaml").read_text())
 
 
 S = TypeVar("S", bound=CommonSettings)
@@ -464,5 +463,9 @@ def check(settings: CommonSettings) -> None:
 
 
 def to_yaml(settings: Any) -> str:
-    """The settings as YAML, readable back by `--config`."""
-    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True)
+    """The settings as YAML, readable back by `--config` in any folder: text and plugin by their full paths."""
+    values = dataclasses.asdict(settings)
+    for name in ("data", "plugin"):
+        if (value := values.get(name)) is not None and value not in CORPORA and (path := user_path(value)).exists():
+            values[name] = str(path.resolve())
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -92,3 +92,7 @@ def test_the_dtype_of_a_mixed_cache_is_that_of_what_grows(layers, dtypes):
     model = TransformerLM(layers=layers(), vocab_size=50)
     for precision, dtype in zip(PRECISIONS, dtypes, strict=True):
         assert cache_cost(model, text(60), SETTINGS, precision)["dtype"] == dtype
+
+
+def test_the_dtype_of_a_cache_that_does_not_grow_is_no_counters():
+    assert cache_cost(model_of("infini_all"), text(60), SETTINGS, "model")["dtype"] == "float32"

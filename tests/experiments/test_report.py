@@ -13,7 +13,9 @@ from results_fixture import make_results
 from newllm.experiments.report import facts, findings, write_report
 from newllm.experiments.report.recall import accuracy, recall_plots
 from newllm.experiments.results import write_results
+from newllm.experiments.rows import describe_layer
 from newllm.experiments.summary import summarise
+from newllm.models.layers import create_layer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from screenshot import browser, open_report, set_viewport
@@ -329,3 +331,19 @@ def test_the_recall_section_is_drawn(tmp_path, width):
             "return [...document.querySelectorAll('.legend')].map(l => l.children[3].getAttribute('aria-pressed'))"
         )
         assert driver.execute_script(pressed) == ["false", "false"]
+
+
+def test_one_is_no_plural():
+    results = make_results()
+    results["settings"]["num_layers"] = 1
+    results["data"]["splits"]["test"]["documents"] = 1
+    said = str(facts.facts(results))
+    assert "1 layer, " in said
+    assert "test 1 document, " in said
+
+
+def test_a_slope_that_is_not_used_is_not_told():
+    spec = create_layer({"type": "pythia", "hidden_size": 8, "num_heads": 2, "intermediate_size": 8}).spec
+    assert describe_layer(spec | {"position": {"type": "alibi", "slopes": "geometric", "slope": 0.0625}}) == (
+        "pythia (position=alibi geometric)"
+    )

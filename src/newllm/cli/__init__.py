@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed or something unforeseen, 2 wrong input (one
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -16,6 +17,9 @@ from newllm.settings import UserError, nearest
 
 for _module in ("models", "memory", "data", "bench", "vintix"):  # in the order of `newllm --help`
     import_module(f"{__name__}.{_module}")
+
+# What the system has against a path wherever one is used; where more is to be said, the command says it.
+REFUSALS = (errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 OVERVIEW = """\
 newllm compares language models that remember differently: same text, same budget, one report.
@@ -40,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     # Libraries report every file they load; what matters is said by the commands themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _open_closed_streams()
     try:
         return _dispatch(argv)
     except UserError as error:
@@ -53,6 +58,18 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `newllm generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in REFUSALS or error.filename is None:
+            raise
+        print(f"newllm: error: {error.filename}: {os.strerror(error.errno).lower()}", file=sys.stderr)
+        return 2
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that was closed by the caller, as by `<&-`, is an empty one; Python leaves None there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (until the process ends)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -65,7 +65,7 @@ def train(parser: Parser, argv: list[str]) -> None:
     "newllm evaluate runs/gqa --data other.txt --test-share 0.9 --sliding-window 1024 --sliding-stride 128",
     usage="FOLDER",
 )
-def evaluate(parser: Parser, argv: list[str]) -> None:
+def evaluate(parser: Parser, argv: list[str]) -> int:
     """Measure a trained model again: perplexity on its own text or another, recall, speed and memory."""
     from newllm.commands import evaluate as run
 
@@ -84,7 +84,9 @@ def evaluate(parser: Parser, argv: list[str]) -> None:
     folder = Path(arguments.folder)
     base = run.settings_of(folder, arguments.tasks)
     settings = parser.settings(parser.parse(argv, vars(base)), base)
-    run.print_results(run.evaluate(folder, arguments.tasks, settings, arguments.cache_precision))
+    results = run.evaluate(folder, arguments.tasks, settings, arguments.cache_precision)
+    run.print_results(results)
+    return 1 if results.get("efficiency", {}).get("efficiency_error") else 0
 
 
 @command(

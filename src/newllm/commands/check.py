@@ -19,12 +19,12 @@ def check(folder: str | None, plugin: str | None, models: list[str]) -> bool:
         raise UserError("give a MODEL folder or --models, not both")
     if folder is None and plugin is None and not models:
         raise UserError("nothing to check: give a MODEL folder, --plugin FILE or --models NAME …")
-    from newllm.commands.folders import run_config
+    from newllm.commands.folders import plugin_of
     from newllm.evaluation.checks import check_layer_types, check_model, failed
     from newllm.models import check_model_spec, load_model, load_plugin
 
-    if folder is not None and plugin is None:
-        plugin = run_config(folder).get("plugin")
+    if folder is not None:
+        plugin = plugin_of(folder, plugin)
     own = load_plugin(plugin) if plugin is not None else []
     if folder is not None:
         results = {folder: check_model(load_model(folder))}

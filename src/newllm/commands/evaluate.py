@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from newllm.commands.flags import check_config
-from newllm.commands.folders import model_folder, open_model, run_config
+from newllm.commands.folders import model_folder, open_model, plugin_of, run_config
 from newllm.settings import RunSettings, UserError, nearest, resolve
 
 TASKS = ["perplexity", "recall", "reversal", "recurrence", "efficiency"]
@@ -26,7 +25,7 @@ def settings_of(folder: Path, tasks: list[str]) -> RunSettings:
             raise nearest(task, TASKS, "task")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a trained model")
-    return RunSettings(**check_config(run_config(folder), RunSettings, f"{folder / 'config.yaml'}: "))
+    return RunSettings(**run_config(folder))
 
 
 def evaluate(
@@ -49,11 +48,12 @@ def evaluate(
     from newllm.evaluation.selective import selective_figures
     from newllm.models.cache import check_precision
 
-    settings = resolve(settings)
-    settings.model, settings.tokenizer = str(folder), str(model_folder(folder))
-    results: dict[str, Any] = {"model": str(folder)}
     for precision in cache_precisions or []:
         check_precision(precision)
+    settings = resolve(settings)
+    settings.model, settings.tokenizer = str(folder), str(model_folder(folder))
+    settings.plugin = plugin_of(folder, settings.plugin)
+    results: dict[str, Any] = {"model": str(folder)}
     if {"perplexity", "recall", "reversal", "recurrence"} & set(tasks):
         model, _ = open_model(settings)
         data = prepare(settings, print)

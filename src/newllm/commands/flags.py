@@ -260,12 +260,10 @@ def config_help(configs: Path = CONFIGS_FOLDER) -> str:
 
 def read_config(name: str, cls: type, configs: Path = CONFIGS_FOLDER) -> dict[str, Any]:
     """The checked values of a config file, given by path or by its name in the folder of named ones."""
-    path = configs / f"{name}.yaml"
-    if not path.is_file():
-        path = user_path(name)
+    path = configs / f"{name}.yaml" if name in config_names(configs) else user_path(name)
     if not path.is_file():
         if path.suffix or path.name != name:
-            raise UserError(f"--config {name}: no such file")
+            raise UserError(f"--config {name}: {'a folder: give a YAML file' if path.is_dir() else 'no such file'}")
         raise nearest(name, config_names(configs), "config", "(or give the path of a YAML file)")
     return check_config(read_yaml(path), cls, f"{path}: ")
 
@@ -323,11 +321,13 @@ def refuse_unusable(value: Any, name: str) -> None:
             raise UserError(f"{name} is {item}: it must be a finite number")
         if isinstance(item, int) and not -(2**63) <= item < 2**63:
             raise UserError(f"{name} is {shortened(str(item))}: it must lie within 64 bits")
-        if isinstance(item, str) and not item.isascii():
+        if isinstance(item, str):
             try:
                 item.encode()
             except UnicodeEncodeError:
                 raise UserError(f"{name} is {item!a}: it must be UTF-8 text") from None
+            if "\0" in item:
+                raise UserError(f"{name} is {item!a}: it must be text without NUL")
 
 
 def shortened(text: str) -> str:

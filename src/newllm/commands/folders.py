@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from newllm.commands.flags import read_yaml
+from newllm.commands.flags import check_config, read_yaml
 from newllm.settings import RunSettings, UserError, resolve
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
     device = resolve_device(settings.device)
     set_threads(settings.threads)
     if folder.is_dir():
-        plugin = settings.plugin or run_config(folder).get("plugin")
+        plugin = plugin_of(folder, settings.plugin)
         if plugin is not None:
             load_plugin(plugin)
         model = load_model(folder)
@@ -52,11 +52,30 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
 
 
 def model_folder(folder: Path) -> Path:
-    """model/ of a run folder; any other folder itself."""
-    return folder / "model" if (folder / "model").is_dir() else folder
+    """model/ of a run folder; any other folder itself. Raises UserError where there is no model."""
+    path = folder / "model" if (folder / "model").is_dir() else folder
+    if not (path / "config.json").is_file():
+        raise UserError(f"no model in {folder}: expected a run folder or one with config.json and model.safetensors")
+    return path
 
 
 def run_config(folder: Path | str) -> dict[str, Any]:
-    """config.yaml of a run folder; {} for a model folder."""
+    """The settings in config.yaml of a run folder, checked; {} for a model folder."""
     path = Path(folder) / "config.yaml"
-    return read_yaml(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    values = read_yaml(path)
+    if "environment" in values:
+        raise UserError(f"{folder} is a run of newllm vintix, which newllm vintix evaluate measures")
+    return check_config(values, RunSettings, f"{path}: ")
+
+
+def plugin_of(folder: Path | str, given: str | None) -> str | None:
+    """The Python file with the layers of a saved model: the one given, else the one its run was trained with."""
+    trained_with = run_config(folder).get("plugin")
+    plugin = given or trained_with
+    if plugin is not None and plugin == trained_with and not Path(plugin).is_file():
+        raise UserError(
+            f"plugin {plugin} not found, by which {folder} was trained: say where it is now with --plugin FILE.py"
+        )
+    return plugin

@@ -219,13 +219,9 @@ def describe(data: PreparedData) -> list[tuple[str, str]]:
     rows = [("corpus", info["corpus"]), ("split", info["split"]), ("tokenizer", info["tokenizer"])]
     for split in SPLITS:
         counts = info["splits"][split]
-        rows.append(
-            (
-                split,
-                f"{counts['documents']:,} documents, {counts['bytes']:,} bytes, {counts['tokens']:,} tokens "
-                f"({counts['bytes_per_token']:.2f} bytes a token)",
-            )
-        )
+        documents = f"{counts['documents']:,} document{'' if counts['documents'] == 1 else 's'}"
+        size = f"{counts['bytes']:,} bytes, {counts['tokens']:,} tokens ({counts['bytes_per_token']:.2f} bytes a token)"
+        rows.append((split, f"{documents}, {size}"))
     for split in SPLITS[1:]:
         share, words = info["overlap"][split], info["overlap"]["ngram_words"]
         rows.append((f"overlap of {split}", f"{share:.2%} of its {words}-word sequences occur in train"))

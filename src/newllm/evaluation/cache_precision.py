@@ -55,7 +55,12 @@ def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings
     figures = cache_figures(measured)
     # A recurrent state is stored as it is computed: the precision shows in the states that grow, where there are any.
     growing_first = sorted(cache.layers, key=lambda state: not isinstance(state, TokenState))
-    dtypes = [tensor.dtype for state in growing_first for tensor in state.tensors().values()]
+    dtypes = [
+        tensor.dtype
+        for state in growing_first
+        for tensor in state.tensors().values()
+        if isinstance(state, TokenState) or tensor.is_floating_point()  # not what is counted there
+    ]
     return {
         "dtype": str((dtypes or [model.dtype])[0]).removeprefix("torch."),
         **{key: figures[key] for key in ("cache_bytes_per_token", "state_bytes")},

@@ -102,7 +102,10 @@ def describe_layer(spec: dict[str, Any]) -> str:
 
 def short(value: Any) -> str:
     """An option's value; {'type': 'alibi', 'slope': 0.0625} as 'alibi 0.0625'."""
-    return " ".join(short(item) for item in value.values()) if isinstance(value, dict) else str(value)
+    if not isinstance(value, dict):
+        return str(value)
+    ignored = "slope" if value.get("slopes") == "geometric" else None  # it is that of the uniform scheme
+    return " ".join(short(item) for name, item in value.items() if name != ignored)
 
 
 def sample(model: TransformerLM, data: PreparedData, settings: RunSettings) -> str:

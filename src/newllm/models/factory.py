@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from newllm.models.config import LMConfig
 from newllm.models.layers.base import LAYER_TYPES, PLUGIN_PRESETS, PRESETS_FOLDER, layer_type
 from newllm.models.transformer import ARCHITECTURES, TransformerLM
-from newllm.settings import UserError, nearest
+from newllm.settings import UserError, nearest, user_path
 
 
 def register_preset(name: str, layers: list[dict[str, Any]], about: str = "") -> None:
@@ -44,9 +44,8 @@ def load_preset(name: str) -> dict[str, Any]:
     """
     if name in PLUGIN_PRESETS:
         return copy.deepcopy(PLUGIN_PRESETS[name])
-    path = PRESETS_FOLDER / f"{name}.yaml"
-    if path.is_file():
-        return yaml.safe_load(path.read_text())
+    if name in preset_names():
+        return yaml.safe_load((PRESETS_FOLDER / f"{name}.yaml").read_text())
     if name in LAYER_TYPES:
         return {"about": docstring(LAYER_TYPES[name]).split("\n")[0], "layers": [{"type": name}]}
     raise nearest(name, sorted({*preset_names(), *LAYER_TYPES}), "model")
@@ -194,7 +193,7 @@ def load_plugin(path: str | Path) -> list[str]:
     Raises:
         UserError: no such file, an error in it (with its line), or nothing registered.
     """
-    path = Path(path)
+    path = user_path(str(path))
     if not path.is_file():
         raise UserError(f"plugin {path} not found: give a Python file with a class under @register_layer")
     name = f"newllm_plugin_{path.stem}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from newllm.experiments.report.words import count, join
+from newllm.experiments.report.words import amount, count, join
 from newllm.experiments.results import Results
 
 CORPUS_TITLES = {"shakespeare": "Shakespeare's plays", "pile": "the Pile"}
@@ -52,7 +52,7 @@ def _text(results: Results) -> str:
     data = results["data"]
     said = [corpus(results)]
     for split, counts in (data.get("splits") or {}).items():
-        said.append(f"{split} {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        said.append(f"{split} {amount(counts['documents'], 'document')}, {counts['tokens']:,} tokens")
     if data.get("tokenizer"):
         said.append(str(data["tokenizer"]))
     overlap = data.get("overlap") or {}
@@ -111,8 +111,13 @@ def _span(counts: list[int]) -> str:
 
 
 def _shape(settings: dict[str, Any]) -> str:
-    names = {"num_layers": "layers", "hidden_size": "wide", "num_heads": "heads", "intermediate_size": "in the MLP"}
-    return ", ".join(f"{settings[key]:,} {name}" for key, name in names.items() if settings.get(key))
+    said = {
+        "num_layers": lambda n: amount(n, "layer"),
+        "hidden_size": lambda n: f"{n:,} wide",
+        "num_heads": lambda n: amount(n, "head"),
+        "intermediate_size": lambda n: f"{n:,} in the MLP",
+    }
+    return ", ".join(say(settings[key]) for key, say in said.items() if settings.get(key))
 
 
 def _taken_over(rows: list[dict[str, Any]]) -> str:

@@ -11,5 +11,10 @@ def count(amount: int, noun: str) -> str:
     return f"{words[amount] if amount < len(words) else amount} {noun}{'' if amount == 1 else 's'}"
 
 
+def amount(number: int, noun: str) -> str:
+    """'1,024 tokens', '1 token'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
