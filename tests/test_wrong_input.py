@@ -331,6 +331,7 @@ CASES = {
         "the training loss is nan",
     ),
     "benchmark without steps": (["bench", "train", "--steps", "0"], "--steps is 0"),
+    "seed of a benchmark": (["bench", "lagged", "--seeds", "-1"], "--seeds is [-1]: a seed is a whole number from 0"),
     "benchmark of an unknown model": (["bench", "decode", "--models", "pythai"], "did you mean 'pythia'?"),
     # training and generation
     "learning rate far too high": (lambda p: p.train("--lr", "1e30"), "the training loss is nan"),

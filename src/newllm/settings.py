@@ -435,9 +435,13 @@ def check_values(settings: CommonSettings) -> None:
         if not 0 <= value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
     for name in ("seed", "seeds"):
-        value = getattr(settings, name, [])
-        if any(not 0 <= seed < SEEDS for seed in (value if isinstance(value, list) else [value])):
-            raise UserError(f"--{name} is {value}: a seed is a whole number from 0 to {SEEDS - 1}")
+        check_seeds(name, getattr(settings, name, []))
+
+
+def check_seeds(name: str, value: int | list[int], limit: int = SEEDS) -> None:
+    """Raises UserError for a seed of this setting that is negative or not below the limit."""
+    if any(not 0 <= seed < limit for seed in (value if isinstance(value, list) else [value])):
+        raise UserError(f"--{name.replace('_', '-')} is {value}: a seed is a whole number from 0 to {limit - 1}")
 
 
 def check(settings: CommonSettings) -> None:

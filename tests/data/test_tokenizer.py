@@ -74,9 +74,18 @@ def test_folder_without_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_damaged_tokenizer(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"version": "1.0"}'),
+    ],
+)
+def test_damaged_tokenizer(tmp_path, file, content):
     BPE.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{")
+    (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match="damaged tokenizer"):
         load_tokenizer(str(tmp_path))
 

@@ -333,6 +333,11 @@ def test_the_recall_section_is_drawn(tmp_path, width):
         assert driver.execute_script(pressed) == ["false", "false"]
 
 
+def test_results_can_be_named_themselves(tmp_path):
+    path = write_results(tmp_path, make_results(1, 1))
+    assert write_report(path) == write_report(tmp_path) == tmp_path / "report.html"
+
+
 def test_one_is_no_plural():
     results = make_results()
     results["settings"]["num_layers"] = 1

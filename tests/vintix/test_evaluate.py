@@ -18,7 +18,7 @@ from newllm.vintix.evaluate import evaluate
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.play import agent, curve, interquartile_mean, normalised, play, without_memory
 from newllm.vintix.report import write_report
-from newllm.vintix.runs import check_alike, find_runs
+from newllm.vintix.runs import check_alike, find_runs, load_weights
 from newllm.vintix.settings import CollectSettings, VintixRun, VintixSettings
 from newllm.vintix.train import train
 
@@ -199,6 +199,7 @@ def finished(folder, *, collect=None, options=None, **values):
     data = {"name": "point_reacher", "collect": dataclasses.asdict(collect), "family": {"options": options}}
     (folder / "config.yaml").write_text(to_yaml(run))
     (folder / "data.json").write_text(json.dumps([data]))
+    (folder / "metrics.jsonl").write_text("")
     (folder / "result.json").write_text(json.dumps({"model": "vintix", "training": {}}))
     return folder
 
@@ -278,6 +279,25 @@ def test_what_is_passed_over_is_said(tmp_path):
     assert [run.seed for run in find_runs([folder], said.append)] == [2]
     assert [line.split("passes over ")[1].split(" ")[0] for line in said] == ["seed-0~old", "seed-1"]
     assert [run.seed for run in find_runs([old], pytest.fail)] == [0]  # when it is named itself
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "metrics.jsonl"])
+def test_a_damaged_file_of_a_run_is_told(tmp_path, name):
+    folder = finished(tmp_path / "seed-0")
+    path = folder / name
+    path.write_text(path.read_text()[: path.stat().st_size // 2] or '{"step": 1, ')
+    with pytest.raises(UserError, match=rf"{folder} is damaged \(.*move it away"):
+        find_runs([folder], pytest.fail)
+
+
+def test_damaged_weights_are_told(tmp_path):
+    folder = finished(tmp_path / "seed-0")
+    model_of(task_family(CollectSettings())).save_pretrained(folder / "model")
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (run,) = find_runs([folder], pytest.fail)
+    with pytest.raises(UserError, match=r"is damaged \(model: "):
+        load_weights(run)
 
 
 def test_what_cannot_be_evaluated_is_refused(data, tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from newllm.bench.settings import LayerBench, refuse_twice
-from newllm.settings import LaggedSettings, Precision, RunSettings, UserError, nearest, resolve
+from newllm.settings import LaggedSettings, Precision, RunSettings, UserError, check_seeds, nearest, resolve
 
 STEP_BY_STEP, LAGGED = "step_by_step", "lagged"
 
@@ -104,7 +104,8 @@ class LaggedBench(LayerBench):
 
     def check(self) -> None:
         """Also for an unknown method or model, and one without a state."""
-        super(LaggedBench, dataclasses.replace(self, seeds=[seed + 1 for seed in self.seeds])).check()  # 0 is a seed
+        super(LaggedBench, dataclasses.replace(self, seeds=self.seeds and [1])).check()  # 0 is a seed
+        check_seeds("seeds", self.seeds)
         refuse_twice("--methods", self.methods)
         from newllm.training.suitability import check_suitability
 

@@ -5,6 +5,7 @@ The hub's clients retry for minutes without a network; one request with a short 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,11 +76,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder = local_folder(name)
     if folder is not None and not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{name}: this folder holds no tokenizer (tokenizer_config.json, as save_pretrained writes it)")
-    try:
-        return AutoTokenizer.from_pretrained(folder or name, local_files_only=True)
-    except (OSError, ValueError) as error:
-        if folder is not None:
-            raise UserError(f"{name}: damaged tokenizer: {first_line(error)}") from error
+    if folder is not None:
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # damage shows in many ways; `tokenizers` raises a bare Exception
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{name}: damaged tokenizer (tokenizer.json, tokenizer_config.json): {what}") from error
+    with contextlib.suppress(OSError, ValueError):
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
     # It is not in this machine's cache of the hub.
     require(name, "model", "use --tokenizer bpe, or a folder that holds a tokenizer")
     try:

@@ -17,9 +17,8 @@ from newllm.settings import UserError
 from newllm.training.checkpoints import write_whole
 from newllm.vintix.environments import from_spec
 from newllm.vintix.inference import VintixEngine
-from newllm.vintix.model import VintixModel
 from newllm.vintix.play import agent, curve, normalised, play, random_policy, without_memory
-from newllm.vintix.runs import Run, check_alike, find_runs
+from newllm.vintix.runs import Run, check_alike, find_runs, load_weights
 from newllm.vintix.settings import VintixEvaluateSettings, VintixSettings, training_fields
 
 EVALUATION_FILE = "evaluation.json"
@@ -75,7 +74,7 @@ def _evaluate_family(
     strips: list[dict[str, Any]] = []
     for run in runs:
         say(f"{metadata['name']}: {run.folder.name} plays {len(task_ids)} test tasks")
-        model = VintixModel.from_pretrained(run.folder / "model").to(resolve_device(settings.device))  # type: ignore[arg-type]
+        model = load_weights(run).to(resolve_device(settings.device))  # type: ignore[arg-type]
         for control in CONTROLS[:1] if run.demonstrator_only else CONTROLS:
             engine = VintixEngine(model, len(task_ids), group, settings.evaluate_context)
             precision = str(engine.dtype).removeprefix("torch.")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from newllm.settings import UserError
 from newllm.training.checkpoints import read_result
 from newllm.vintix.settings import VintixRun, training_fields
+
+if TYPE_CHECKING:
+    from newllm.vintix.model import VintixModel
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Run:
     result: dict[str, Any]
     data: list[dict[str, Any]]
     """For each group of the model, the metadata of its dataset but for the histories."""
+    curve: list[dict[str, Any]]
+    """The lines of metrics.jsonl."""
 
     @property
     def seed(self) -> int:
@@ -39,14 +44,13 @@ class Run:
         return [data["name"] for data in self.data]
 
     def summary(self) -> dict[str, Any]:
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         keys = ("step", "train_loss", "score")
         return {
             "folder": self.folder.name,
             "seed": self.seed,
             "demonstrator_only": self.demonstrator_only,
             "families": self.families,
-            "curve": [{key: line[key] for key in keys if key in line} for line in lines],
+            "curve": [{key: line[key] for key in keys if key in line} for line in self.curve],
             **self.result["training"],
         }
 
@@ -74,8 +78,7 @@ def find_runs(folders: list[Path], say: Callable[[str], None]) -> list[Run]:
             elif "training" not in result:
                 passed.append(f"{path.name} (not finished; the same newllm vintix train continues it)")
             else:
-                config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-                found.append(Run(path, config, result, json.loads((path / "data.json").read_text())))
+                found.append(_read_run(path, result))
         if not found:
             only = f", only {', '.join(passed)}" if passed else ""
             raise UserError(f"{folder}: no finished run of newllm vintix train there{only}")
@@ -83,6 +86,35 @@ def find_runs(folders: list[Path], say: Callable[[str], None]) -> list[Run]:
             say(f"{folder}: passes over {line}")
         runs += found
     return sorted(runs, key=lambda run: (run.demonstrator_only, run.seed))
+
+
+def _read_run(folder: Path, result: dict[str, Any]) -> Run:
+    """Raises UserError for files that training has not left so."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(folder, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict) or config.keys() != {f.name for f in fields(VintixRun)}:
+        raise _damaged(folder, "config.yaml does not hold all settings")
+    if not isinstance(data, list) or not all(isinstance(group, dict) for group in data):
+        raise _damaged(folder, "data.json is no list of objects")
+    return Run(folder, config, result, data, curve)
+
+
+def load_weights(run: Run) -> VintixModel:
+    """The trained model of a run. Raises UserError for a damaged file."""
+    from newllm.vintix.model import VintixModel
+
+    try:
+        return VintixModel.from_pretrained(run.folder / "model")
+    except Exception as error:  # safetensors and transformers raise many kinds
+        raise _damaged(run.folder, f"model: {str(error).splitlines()[0]}") from error
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder} is damaged ({what}): move it away, and newllm vintix train makes it again")
 
 
 def check_alike(runs: list[Run]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from newllm.settings import Precision, UserError
+from newllm.settings import Precision, UserError, check_seeds
 
 CONFIGS_FOLDER = Path(__file__).parent / "configs"
 SEEDS = 2**31
@@ -51,7 +51,7 @@ class CollectSettings:
             _at_least(self, name, 1)
         for name in ("score_episodes", "group_steps"):
             _at_least(self, name, 1)
-        _seeds(self, "collect_seed")
+        check_seeds("collect_seed", self.collect_seed, SEEDS)
         if not self.noise_power > 0:
             raise UserError(f"--noise-power is {self.noise_power}: it must be greater than 0")
         if not 0 <= self.noise_free_share <= 1:
@@ -161,7 +161,7 @@ class VintixTrainSettings:
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be greater than 0")
         for name in ("seeds", "control_seeds"):
-            _seeds(self, name)
+            check_seeds(name, getattr(self, name), SEEDS)
             seeds = getattr(self, name)
             if len(set(seeds)) < len(seeds):
                 raise UserError(f"--{name.replace('_', '-')} is {seeds}: each seed only once")
@@ -193,7 +193,7 @@ class VintixEvaluateSettings:
             _at_least(self, name, 1)
         if self.evaluate_context is not None:
             _at_least(self, "evaluate_context", 1)
-        _seeds(self, "evaluate_seed")
+        check_seeds("evaluate_seed", self.evaluate_seed, SEEDS)
         if self.headline_episode > self.episodes:
             raise UserError(
                 f"--headline-episode is {self.headline_episode}: it must be one of the {self.episodes} --episodes"
@@ -281,13 +281,6 @@ def _at_least(settings: object, name: str, least: int) -> None:
     value = getattr(settings, name)
     if value < least:
         raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-
-
-def _seeds(settings: object, name: str) -> None:
-    """Of a field that holds one seed or several."""
-    value = getattr(settings, name)
-    if any(not 0 <= seed < SEEDS for seed in (value if isinstance(value, list) else [value])):
-        raise UserError(f"--{name.replace('_', '-')} is {value}: a seed is a whole number from 0 to {SEEDS - 1}")
 
 
 def model_values(settings: VintixModelSettings) -> dict[str, Any]:

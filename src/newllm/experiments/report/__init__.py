@@ -24,8 +24,12 @@ from newllm.experiments.summary import ModelSummary, best_models, decimals, rank
 
 
 def write_report(folder: Path) -> Path:
-    """Reads results.json of a compare folder; writes report.md and report.html beside it and returns the latter."""
+    """Reads results.json of a compare folder, or named itself; writes report.md and report.html beside it.
+
+    Returns the path of the latter.
+    """
     results = read_results(folder)
+    folder = folder.parent if folder.is_file() else folder
     context = report_context(results, summarise(results))
     for name in ("report.md", "report.html"):
         (folder / name).write_text(_template(name).render(context), encoding="utf-8")
