@@ -123,7 +123,7 @@ def test_interrupted_and_killed_it_ends_as_if_nothing_had_happened(tiny, one_at_
     assert process.exitcode == 130
     for folder in folders:
         assert checkpoints(folder) or "training" in read_result(folder)
-        assert not folder.with_name(folder.name + ".lock").exists()
+        assert not folder.with_name(folder.name + ".newllm-lock").exists()
     said = (tmp_path / "out.errors").read_text()
     assert said.strip() == "newllm: interrupted; the same command continues where it was"
 

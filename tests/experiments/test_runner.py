@@ -31,7 +31,7 @@ def finished(text, tmp_path_factory):
 def test_a_comparison_leaves_runs_results_and_a_report(text, finished):
     runs = ["mqa-seed0", "mqa-seed1", "pythia-seed0", "pythia-seed1"]
     assert sorted(path.name for path in finished.iterdir()) == [*runs, "report.html", "report.md", "results.json"]
-    assert not finished.with_name("out.lock").exists()
+    assert not finished.with_name("out.newllm-lock").exists()
     results = read_results(finished)
     assert [(row["model"], row["seed"]) for row in results["rows"]] == [
         ("pythia", 0), ("mqa", 0), ("pythia", 1), ("mqa", 1),
@@ -268,7 +268,7 @@ def test_a_wrong_model_is_found_before_anything_is_made(text, tmp_path):
 def test_two_comparisons_do_not_share_a_folder(text, tmp_path):
     parent = psutil.Process(os.getppid())
     holder = {"pid": parent.pid, "started": parent.create_time()}
-    (tmp_path / "out.lock").write_text(json.dumps(holder))
+    (tmp_path / "out.newllm-lock").write_text(json.dumps(holder))
     with pytest.raises(UserError, match=f"process {parent.pid}"):
         runner.compare(tiny(text, tmp_path / "out"))
 

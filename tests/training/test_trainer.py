@@ -17,6 +17,7 @@ from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import load_model
 from newllm.settings import UserError
 from newllm.training import exact, new_model, train, trainer
+from newllm.training.checkpoints import checkpoints, newest_checkpoint
 
 tiny = partial(tiny_runs.tiny, evaluations=4, max_tokens=40 * STEP)
 
@@ -128,6 +129,47 @@ def test_an_interrupt_saves_and_the_same_call_continues_exactly(text, tmp_path):
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     steps = [line["step"] for line in metrics(tmp_path / "parts") if "train_loss" in line]
     assert steps == sorted(set(steps))
+
+
+def halve(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    return content
+
+
+def test_a_damaged_checkpoint_is_passed_over(text, tmp_path, capsys):
+    settings, folder = tiny(text), tmp_path / "parts"
+    run(settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, folder, interrupt_at(13))
+    older, newest = checkpoints(folder)
+    for name in ("model.safetensors", "trainer_state.json", "rng_state.pth", "scheduler.pt", "sizes.json"):
+        content = halve(newest / name)
+        assert newest_checkpoint(folder) == older
+        (newest / name).write_bytes(content)
+    halve(newest / "optimizer.pt")
+    capsys.readouterr()
+    run(settings, folder)
+    assert f"{newest / 'optimizer.pt'} is damaged: going on from {older.name}\n" in capsys.readouterr().err
+    assert same(weights(folder), weights(tmp_path / "whole"))
+
+
+def test_checkpoints_that_are_all_damaged_are_one_line(text, tmp_path):
+    settings, folder = tiny(text), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, folder, interrupt_at(3))
+    (only,) = checkpoints(folder)
+    (only / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match=rf"optimizer.pt is damaged, and no older .*: remove {only} to train anew"):
+        run(settings, folder)
+
+
+@pytest.mark.parametrize("content", ['{"hash": "a", ', "[]", ""])
+def test_a_damaged_result_is_one_line(text, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"result.json is damaged .*: move .*run away"):
+        run(tiny(text), tmp_path / "run")
 
 
 def test_a_full_disk_is_one_line_and_the_run_continues_exactly(text, tmp_path, monkeypatch):

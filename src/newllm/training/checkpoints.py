@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from newllm.settings import RunSettings, UserError, to_yaml
 
 INCOMPLETE = ".incomplete"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+SIZES = "sizes.json"  # in a checkpoint
 ERROR_FILE = "error.txt"  # what went wrong in a run of a comparison
 
 
@@ -57,6 +59,45 @@ def complete_folder(folder: Path) -> Iterator[Path]:
     staging.rename(folder)
 
 
+@contextlib.contextmanager
+def complete_checkpoint(folder: Path) -> Iterator[Path]:
+    """`complete_folder` for a checkpoint, which also says how large each of its files is."""
+    with complete_folder(folder) as staging:
+        yield staging
+        sizes = {file.name: file.stat().st_size for file in staging.iterdir()}
+        (staging / SIZES).write_text(json.dumps(sizes))
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """Files of a checkpoint that are not there, or not as large as they were written."""
+    path = folder / SIZES
+    try:
+        sizes = json.loads(path.read_text()) if path.exists() else {}
+        files = {folder / name: size for name, size in sizes.items()}
+    except (ValueError, AttributeError):
+        return [path]
+    return [file for file, size in files.items() if not file.is_file() or file.stat().st_size != size]
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint whose files are whole, as after a failing disk not all are; what is passed over is said.
+
+    Raises UserError where there are checkpoints and none is whole: training anew is for the user to decide.
+    """
+    damaged: list[Path] = []
+    for checkpoint in reversed(checkpoints(run_folder)):
+        if not (files := damaged_files(checkpoint)):
+            for file in damaged:
+                print(f"newllm: note: {file} is damaged: going on from {checkpoint.name}", file=sys.stderr)
+            return checkpoint
+        damaged.append(files[0])
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} is damaged, and no older checkpoint is whole: remove {damaged[0].parent} to train anew"
+        )
+    return None
+
+
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
     return run_folder / f"checkpoint-{step}"
 
@@ -89,7 +130,19 @@ def remove_except(run_folder: Path, keep: set[int]) -> None:
 def read_result(run_folder: Path) -> dict[str, Any]:
     """The run's result.json, or {} before the run has begun."""
     path = run_folder / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    advice = f"move {run_folder} away, and the same command trains anew"
+    return read_object(path, advice) if path.is_file() else {}
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON file that we wrote. Raises UserError, with what to do, where it is cut off or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged or no file of newllm: {advice}")
+    return value
 
 
 def write_result(run_folder: Path, result: dict[str, Any]) -> None:

@@ -21,8 +21,15 @@ from safetensors.torch import save_model as save_weights
 from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from newllm.devices import autocast, resolve_device
+from newllm.settings import UserError
 from newllm.training.callbacks import ScheduledFlow
-from newllm.training.checkpoints import checkpoint_folder, checkpoints, complete_folder, remove_except
+from newllm.training.checkpoints import (
+    checkpoint_folder,
+    complete_checkpoint,
+    damaged_files,
+    newest_checkpoint,
+    remove_except,
+)
 
 WEIGHTS, STATE = "model.safetensors", "trainer_state.json"  # in a checkpoint
 
@@ -80,11 +87,14 @@ class ExactTrainer(Trainer):
 
         Does nothing but load them if called again. Raises KeyboardInterrupt (state saved) on Ctrl-C.
         """
-        newest = next(reversed(checkpoints(self.folder)), None)
+        newest = newest_checkpoint(self.folder)
         state = None if newest is None else read_state(newest)
         if state is None or not self.is_done(state):
             state = self._run(newest, state)
-        load_weights(self.model, checkpoint_folder(self.folder, state.best_global_step) / WEIGHTS)  # type: ignore[arg-type]
+        best = checkpoint_folder(self.folder, state.best_global_step) / WEIGHTS  # type: ignore[arg-type]
+        if best in damaged_files(best.parent):
+            raise UserError(f"{best} is damaged, the best weights of this run: remove {self.folder} to train anew")
+        load_weights(self.model, best)
         return state
 
     def _run(self, checkpoint: Path | None, state: TrainerState | None) -> TrainerState:
@@ -129,7 +139,7 @@ class ExactTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, but complete or not there; keeps this checkpoint and the best one."""
         checkpoint = checkpoint_folder(self.folder, self.state.global_step)
-        with complete_folder(checkpoint) as staging:
+        with complete_checkpoint(checkpoint) as staging:
             save_weights(self.model, str(staging / WEIGHTS))
             self.save_more(staging)
             self._save_optimizer_and_scheduler(str(staging))

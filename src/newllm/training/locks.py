@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -15,6 +16,7 @@ import psutil
 from newllm.settings import UserError
 from newllm.training.checkpoints import explaining_full_disk
 
+SUFFIX = ".newllm-lock"
 CLOCK_TOLERANCE = 5.0  # seconds; the start time of a process moves when the system's clock is set
 
 
@@ -22,10 +24,10 @@ CLOCK_TOLERANCE = 5.0  # seconds; the start time of a process moves when the sys
 def lock(folder: Path) -> Iterator[None]:
     """Keeps a second process out of a folder. The lock of a process that is no more is taken over.
 
-    The process that has it may enter again. The file NAME.lock stands beside the folder, since the folder itself may be
-    renamed.
+    The process that has it may enter again. The file NAME.newllm-lock stands beside the folder, since the folder itself
+    may be renamed. Raises UserError where another process has it, or where that file is none of ours.
     """
-    path = folder.parent / f"{folder.name}.lock"
+    path = folder.parent / f"{folder.name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not take_lock(path, folder):
         yield
@@ -58,16 +60,27 @@ def create_lock(path: Path) -> bool:
             file.write(json.dumps(me))
     except FileExistsError:
         return False
-    except PermissionError as error:
-        raise UserError(f"no permission to write {path}, which keeps a second process out of that folder") from error
+    except OSError as error:
+        why = "the name is too long" if error.errno == errno.ENAMETOOLONG else (error.strerror or str(error)).lower()
+        raise UserError(f"cannot write {path}, which keeps a second process out of that folder: {why}") from error
     return True
 
 
 def lock_holder(path: Path) -> dict[str, Any] | None:
-    """Process id and start time of the process that made a lock file; None where nobody holds it."""
+    """Process id and start time of the process that made a lock file; None where nobody holds it.
+
+    Raises UserError for a file that no newllm has made: it is not ours to remove.
+    """
     for _ in range(2):
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            return json.loads(path.read_text())
+        try:
+            content = path.read_text()
+            if content:
+                holder = json.loads(content)
+                return {"pid": int(holder["pid"]), "started": float(holder["started"])}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{path} is no lock of newllm, whose name it has: move it away") from None
         time.sleep(0.1)  # it has just been made and is still empty; or its process was killed right there
     return None
 
@@ -81,5 +94,5 @@ def is_running(pid: int, started: float) -> bool:
         process = psutil.Process(pid)
         same = abs(process.create_time() - started) <= CLOCK_TOLERANCE
         return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # or no number of a process
         return False

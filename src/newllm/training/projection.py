@@ -34,8 +34,8 @@ from newllm.settings import RunSettings, UserError
 from newllm.training.callbacks import TrainProgress
 from newllm.training.checkpoints import (
     checkpoint_folder,
-    checkpoints,
-    complete_folder,
+    complete_checkpoint,
+    newest_checkpoint,
     remove_except,
     remove_incomplete,
     write_whole,
@@ -139,8 +139,8 @@ class ProjectionTrainer:
 
     def run(self) -> ProjectionResult:
         before = held_out(self.model, self.validation, self.settings)
-        if complete := checkpoints(self.folder):
-            self.restore(complete[-1])
+        if (newest := newest_checkpoint(self.folder)) is not None:
+            self.restore(newest)
         while not self.done:
             self.curve.append(self.iterate())
             write_whole(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.curve))
@@ -240,7 +240,7 @@ class ProjectionTrainer:
     def save(self) -> None:
         """After a pass: cell, optimizer, and the projections, of which nothing more is read after the last one."""
         folder = checkpoint_folder(self.folder, len(self.curve))
-        with complete_folder(folder) as staging:
+        with complete_checkpoint(folder) as staging:
             save_weights(self.model.cell, str(staging / CELL))
             moments = self.optimizer.state_dict()["state"]
             save_file({f"{n}.{name}": t for n, own in moments.items() for name, t in own.items()}, staging / OPTIMIZER)
