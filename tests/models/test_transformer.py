@@ -10,12 +10,16 @@ from newllm.models.layers import PythiaLayer
 
 @pytest.mark.parametrize("name", ["pythia", "mla", "infini"])
 def test_torch_compile_reads_a_model_as_it_is(name):
-    """With rotary positions, whose table is kept between layers where nothing is compiled."""
+    """With rotary positions, whose table is kept between layers where nothing is compiled; and through a cache."""
     model, ids = create_model(name, **CHECK_SHAPE).double().eval(), torch.randint(61, (2, 12))
     torch._dynamo.reset()
     with torch.no_grad():
-        compiled = torch.compile(model, backend="eager")(ids).logits
-        torch.testing.assert_close(compiled, model(ids).logits, rtol=1e-10, atol=1e-10)
+        compiled, expected = torch.compile(model, backend="eager"), model(ids).logits
+        torch.testing.assert_close(compiled(ids).logits, expected, rtol=1e-10, atol=1e-10)
+        first = compiled(ids[:, :9], use_cache=True)
+        second = compiled(ids[:, 9:], past_key_values=first.past_key_values)
+        both = torch.cat([first.logits, second.logits], dim=1)
+        torch.testing.assert_close(both, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["pythia", "mla", "infini_all", "multi_memory", "hierarchical"])

@@ -91,7 +91,7 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         Args:
             precision: 'model', 'int8' or 'int4', see `ops.quantize`; None is the configuration's `cache_precision`.
         """
-        states = (layer.make_state() for layer in self.layers)  # type: ignore[operator]
+        states = [layer.make_state() for layer in self.layers]  # type: ignore[operator]
         cache = LMCache(states, self.config.cache_precision if precision is None else precision)
         self._start_from_memory(cache)
         return cache
