@@ -73,7 +73,7 @@ class ExactTrainer(Trainer):
         """For a subclass: writes into a checkpoint what else a continuation needs."""
 
     def saved(self, checkpoint: Path) -> None:
-        """For a subclass: the checkpoint is complete, and those before it are about to be removed."""
+        """For a subclass: the checkpoint is complete, and those it replaces are about to be removed."""
 
     def load_more(self, checkpoint: Path) -> None:
         """For a subclass: reads what `save_more` has written."""
