@@ -11,7 +11,7 @@ from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.data.recall import RecallTask
 from newllm.evaluation.recall import another_row, evaluate_recall, has_memories, knock_out, wilson
-from newllm.experiments.runner import compare
+from newllm.experiments.compare import compare
 from newllm.models import create_model
 from newllm.models.cache import LMCache, RecurrentState
 from newllm.settings import DataSettings, ExperimentSettings, RunSettings, UserError, resolve

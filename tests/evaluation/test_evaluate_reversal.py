@@ -24,8 +24,8 @@ from newllm.evaluation.reversal import (
     questions,
     shares_below,
 )
+from newllm.experiments.compare import compare
 from newllm.experiments.results import read_results
-from newllm.experiments.runner import compare
 from newllm.models import create_model
 from newllm.models.cache import LMCache, RecurrentState
 from newllm.models.transformer import TransformerLM

@@ -16,7 +16,8 @@ import torch
 from tiny_runs import STEP, tiny_comparison
 
 from newllm.cli import main
-from newllm.experiments import jobs, runner
+from newllm.experiments import jobs
+from newllm.experiments.compare import command, compare
 from newllm.experiments.results import read_results
 from newllm.settings import UserError, resolve
 from newllm.training.checkpoints import checkpoints, read_result
@@ -69,12 +70,12 @@ def figures(out):
 
 @pytest.fixture(scope="module")
 def one_at_a_time(tiny, tmp_path_factory):
-    return figures(runner.compare(tiny(tmp_path_factory.mktemp("alone") / "out", jobs=1)).parent)
+    return figures(compare(tiny(tmp_path_factory.mktemp("alone") / "out", jobs=1)).parent)
 
 
 def test_side_by_side_gives_the_same_rows_and_outlives_what_fails(tiny, one_at_a_time, tmp_path):
     failing = ["jobs_wrong_input", "jobs_out_of_memory", "jobs_bug"]
-    out = runner.compare(tiny(tmp_path / "out", models=[*failing, "pythia", "mqa"])).parent
+    out = compare(tiny(tmp_path / "out", models=[*failing, "pythia", "mqa"])).parent
     assert figures(out) == one_at_a_time
     assert {failure["model"]: failure["error"] for failure in read_results(out)["failed"]} == {
         "jobs_wrong_input": "choose another width",
@@ -88,20 +89,20 @@ def test_side_by_side_gives_the_same_rows_and_outlives_what_fails(tiny, one_at_a
 
 def test_wrong_input_found_in_a_worker_is_wrong_input_here(tiny, tmp_path):
     with pytest.raises(UserError, match="choose another width"):
-        runner.compare(tiny(tmp_path / "out", models=["jobs_wrong_input"]))
+        compare(tiny(tmp_path / "out", models=["jobs_wrong_input"]))
 
 
 def start(settings):
     """The command in a process of its own: forked, since loading torch again takes longer than the run."""
-    process = multiprocessing.get_context("fork").Process(target=command, args=(settings,))
+    process = multiprocessing.get_context("fork").Process(target=run_command, args=(settings,))
     process.start()
     return process
 
 
-def command(settings):
+def run_command(settings):
     sys.stderr = open(f"{settings.out}.errors", "a", buffering=1)  # noqa: SIM115 (the process ends with it)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell would ignore it
-    os._exit(main(shlex.split(runner.command(settings))[1:]))
+    os._exit(main(shlex.split(command(settings))[1:]))
 
 
 def wait_for_training(folders, since, process):

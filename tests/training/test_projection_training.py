@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
-from newllm.experiments import runner
+from newllm.experiments.compare import compare
 from newllm.experiments.report.projection import cells
 from newllm.experiments.results import read_results
 from newllm.models import load_model
@@ -227,7 +227,7 @@ def test_a_comparison_reports_the_first_phase(text, tmp_path):
     values = {name: value for name, value in dataclasses.asdict(tiny(text)).items() if name not in ("model", "seed")}
     values |= {"sliding_window": 64, "sliding_stride": 32, "efficiency": False, "eval_tokens": 500, "jobs": 1}
     settings = ExperimentSettings(**values, models=["pythia", "dproj"], out=str(tmp_path / "out"))
-    report = runner.compare(settings)
+    report = compare(settings)
     results = read_results(report.parent)
     by_model = {row["model"]: row["projection"] for row in results["rows"]}
     assert by_model["pythia"] is None

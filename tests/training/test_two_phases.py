@@ -13,7 +13,7 @@ from tiny_runs import STEP, metrics, run
 
 from newllm.data import prepare
 from newllm.evaluation.perplexity import token_weighted_loss
-from newllm.experiments import runner
+from newllm.experiments.compare import compare
 from newllm.experiments.report.facts import facts
 from newllm.experiments.results import read_results
 from newllm.models import load_model
@@ -154,7 +154,7 @@ def test_a_comparison_shows_the_second_phase_and_says_that_there_was_a_first(tex
     values = {name: value for name, value in dataclasses.asdict(tiny(text)).items() if name not in ("model", "seed")}
     values |= {"sliding_window": 64, "sliding_stride": 32, "efficiency": False, "eval_tokens": 500, "jobs": 1}
     settings = ExperimentSettings(**values, models=["v_dproj_restore", MODEL], out=str(tmp_path / "out"))
-    results = read_results(runner.compare(settings).parent)
+    results = read_results(compare(settings).parent)
     plain, two_phase = results["rows"]
     assert plain["reconstruction"] is None
     assert two_phase["reconstruction"]["tokens"] == two_phase["tokens"] == 20 * STEP

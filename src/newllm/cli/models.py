@@ -25,9 +25,9 @@ def compare(parser: Parser, argv: list[str]) -> int:
     """Train several models under the same budget and write one report."""
     parser.add_settings(ExperimentSettings)
     settings = parser.settings(parser.parse(argv), complete=resolve)
+    from newllm.experiments.compare import compare as run
     from newllm.experiments.results import read_results
     from newllm.experiments.run import RunError
-    from newllm.experiments.runner import compare as run
 
     try:
         report = run(settings)

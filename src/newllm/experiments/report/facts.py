@@ -138,7 +138,7 @@ def _processor(machine: dict[str, Any]) -> str:
 
 
 def _machine(machine: dict[str, Any]) -> str:
-    """Every entry the runner recorded; sizes in bytes as GiB."""
+    """Every entry that was recorded; sizes in bytes as GiB."""
     said = []
     for key, value in machine.items():
         name = key.removesuffix("_bytes").replace("_", " ")

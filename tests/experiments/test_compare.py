@@ -15,7 +15,8 @@ from newllm.cli import main
 from newllm.commands.flags import Parser
 from newllm.data import prepare
 from newllm.evaluation.perplexity import evaluate
-from newllm.experiments import run, runner
+from newllm.experiments import run
+from newllm.experiments.compare import command, compare, resolve_out, run_folder
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
@@ -25,7 +26,7 @@ from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
 def finished(text, tmp_path_factory):
     """A comparison of two models and two seeds that is done."""
     out = tmp_path_factory.mktemp("compare") / "out"
-    return runner.compare(tiny(text, out, seeds=[0, 1])).parent
+    return compare(tiny(text, out, seeds=[0, 1])).parent
 
 
 def test_a_comparison_leaves_runs_results_and_a_report(text, finished):
@@ -68,7 +69,7 @@ def test_a_leak_beyond_the_position_window_is_found(text, tmp_path):
     plugin.write_text(LEAKY)
     windows = {"seq_length": 192, "position_window": 32, "sliding_window": 64}
     settings = tiny(text, tmp_path / "out", models=["leaks_late"], plugin=str(plugin), max_tokens=2 * 768, **windows)
-    runner.compare(settings)
+    compare(settings)
     (row,) = read_results(tmp_path / "out")["rows"]
     failed = [check["name"] for check in row["checks"] if check["passed"] is False and "trained" in check["name"]]
     assert failed == ["future, as trained"]
@@ -96,7 +97,7 @@ def test_started_again_it_trains_nothing_and_says_the_same(text, finished, monke
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr(run, "train", no_training)
-    runner.compare(tiny(text, finished, seeds=[0, 1]))
+    compare(tiny(text, finished, seeds=[0, 1]))
     after = read_results(finished)
     assert after["rows"] == before["rows"]
 
@@ -105,13 +106,13 @@ def test_more_seeds_and_models_train_only_what_is_new(text, finished, monkeypatc
     trained = []
     train = run.train
     monkeypatch.setattr(run, "train", lambda one, *rest: trained.append((one.model, one.seed)) or train(one, *rest))
-    runner.compare(tiny(text, finished, models=["pythia", "mqa", "pythia_nope"], seeds=[0, 1]))
+    compare(tiny(text, finished, models=["pythia", "mqa", "pythia_nope"], seeds=[0, 1]))
     assert trained == [("pythia_nope", 0), ("pythia_nope", 1)]
 
 
 def test_other_settings_train_anew_and_keep_the_old_run_aside(text, tmp_path, capsys):
     for tokens in (128, 256):
-        runner.compare(tiny(text, tmp_path / "out", models=["mqa"], max_tokens=tokens))
+        compare(tiny(text, tmp_path / "out", models=["mqa"], max_tokens=tokens))
         assert read_results(tmp_path / "out")["rows"][0]["tokens"] == tokens
     assert json.loads((tmp_path / "out" / "mqa-seed0~old" / "result.json").read_text())["row"]["tokens"] == 128
     assert "holds a run with other settings or data: kept as mqa-seed0~old\n" in capsys.readouterr().out
@@ -121,7 +122,7 @@ def test_the_folder_we_are_in_may_be_the_compare_folder(text, tmp_path, monkeypa
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path / "here")
-    runner.compare(tiny(text, ".", models=["mqa"]))
+    compare(tiny(text, ".", models=["mqa"]))
     assert sorted(os.listdir()) == ["mqa-seed0", "notes.txt", "report.html", "report.md", "results.json"]
     assert os.listdir("..") == ["here"]
 
@@ -133,9 +134,9 @@ def test_speed_and_memory_are_the_same_for_all_seeds_and_kept(text, finished, mo
         calls.append([folder.name for folder in folders])
         return [{"decode_ms_per_token": float(index), "efficiency_error": None} for index in range(len(folders))]
 
-    monkeypatch.setattr(runner, "measure_all", measure_all)
+    monkeypatch.setattr("newllm.experiments.compare.measure_all", measure_all)
     for _ in range(2):
-        runner.compare(tiny(text, finished, seeds=[0, 1], efficiency=True))
+        compare(tiny(text, finished, seeds=[0, 1], efficiency=True))
     assert calls == [["pythia-seed0", "mqa-seed0"]]
     assert [row["decode_ms_per_token"] for row in read_results(finished)["rows"]] == [0, 1, 0, 1]
 
@@ -159,7 +160,7 @@ def test_runs_of_an_earlier_comparison_are_taken_over(text, finished, tmp_path, 
     monkeypatch.setattr(run, "train", lambda one, *rest: trained.append((one.model, one.seed)) or train(one, *rest))
     settings = tiny(text, tmp_path / "out", models=["pythia", "mqa", "own"], seeds=[0, 1], plugin=str(plugin))
     settings.reuse = [str(finished), str(finished / "results.json")]
-    report = runner.compare(settings)
+    report = compare(settings)
     assert trained == [("own", 0), ("own", 1)]
     results, before = read_results(tmp_path / "out"), read_results(finished)
     losses = {(row["model"], row["seed"]): row["test_loss"] for row in before["rows"]}
@@ -177,7 +178,7 @@ def test_runs_of_an_earlier_comparison_are_taken_over(text, finished, tmp_path, 
 @pytest.mark.parametrize("change", [{"max_tokens": 128}, {"seeds": [2]}, {"vocab_size": 301}])
 def test_runs_with_other_settings_are_not_taken_over(text, finished, tmp_path, change):
     settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(finished)], **change)
-    assert [row.get("reused") for row in read_results(runner.compare(settings).parent)["rows"]] == [None]
+    assert [row.get("reused") for row in read_results(compare(settings).parent)["rows"]] == [None]
 
 
 def test_runs_on_another_text_are_not_taken_over(text, finished, tmp_path):
@@ -186,21 +187,21 @@ def test_runs_on_another_text_are_not_taken_over(text, finished, tmp_path):
     results["data"]["splits"]["train"]["bytes"] += 1
     (tmp_path / "results.json").write_text(json.dumps(results))
     settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(tmp_path)])
-    assert [row.get("reused") for row in read_results(runner.compare(settings).parent)["rows"]] == [None]
+    assert [row.get("reused") for row in read_results(compare(settings).parent)["rows"]] == [None]
 
 
 def test_a_file_that_is_no_comparison_is_refused_before_anything_trains(text, tmp_path):
     (tmp_path / "half.json").write_text('{"rows": [')
     for path, complaint in ((tmp_path / "half.json", "not valid JSON"), (tmp_path / "none", "does not exist")):
         with pytest.raises(UserError, match=complaint):
-            runner.compare(tiny(text, tmp_path / "out", reuse=[str(path)]))
+            compare(tiny(text, tmp_path / "out", reuse=[str(path)]))
     assert not list((tmp_path / "out").glob("*"))
 
 
 def test_speed_of_a_run_taken_over_is_measured_here(text, finished, tmp_path):
     settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(finished)], efficiency=True)
     settings.efficiency_seconds = 0.1
-    (row,) = read_results(runner.compare(settings).parent)["rows"]
+    (row,) = read_results(compare(settings).parent)["rows"]
     assert row["reused"]
     assert row["cache_bytes_per_token"] == 2 * 2 * 1 * 16 * 2 or row["cache_bytes_per_token"] == 2 * 2 * 1 * 16 * 4
     assert row["decode_ms_per_token"] > 0
@@ -217,7 +218,7 @@ def test_the_command_in_the_report_is_short_and_means_the_same(flags):
     parser = Parser("compare", "", "", "")
     parser.add_settings(ExperimentSettings)
     settings = resolve(parser.settings(parser.parse(flags.split())))
-    said = runner.command(settings)
+    said = command(settings)
     assert resolve(parser.settings(parser.parse(shlex.split(said)[2:]))) == settings
     assert len(said) <= len(f"newllm compare {flags}")
 
@@ -239,7 +240,7 @@ def test_a_failing_model_is_recorded_and_the_others_go_on(text, tmp_path, capsys
     plugin = tmp_path / "broken.py"
     plugin.write_text(PLUGIN.format(name="broken_one"))
     settings = tiny(text, tmp_path / "out", models=["broken_one", "mqa"], plugin=str(plugin))
-    flags = shlex.split(runner.command(resolve(settings)))[1:]
+    flags = shlex.split(command(resolve(settings)))[1:]
     assert main(flags) == 1
     results = read_results(tmp_path / "out")
     assert [row["model"] for row in results["rows"]] == ["mqa"]
@@ -252,7 +253,7 @@ def test_when_every_model_fails_that_is_one_line(text, tmp_path, capsys):
     plugin = tmp_path / "broken.py"
     plugin.write_text(PLUGIN.format(name="broken_two"))
     settings = tiny(text, tmp_path / "out", models=["broken_two"], plugin=str(plugin))
-    assert main(shlex.split(runner.command(resolve(settings)))[1:]) == 1
+    assert main(shlex.split(command(resolve(settings)))[1:]) == 1
     assert re.fullmatch(
         "newllm: error: every run failed; broken_two, seed 0: ZeroDivisionError: nothing to divide by .*error.txt.*\n",
         capsys.readouterr().err,
@@ -261,7 +262,7 @@ def test_when_every_model_fails_that_is_one_line(text, tmp_path, capsys):
 
 def test_a_wrong_model_is_found_before_anything_is_made(text, tmp_path):
     with pytest.raises(UserError, match="did you mean 'mqa'"):
-        runner.compare(tiny(text, tmp_path / "out", models=["pythia", "mqaa"]))
+        compare(tiny(text, tmp_path / "out", models=["pythia", "mqaa"]))
     assert not (tmp_path / "out").exists()
 
 
@@ -270,7 +271,7 @@ def test_two_comparisons_do_not_share_a_folder(text, tmp_path):
     holder = {"pid": parent.pid, "started": parent.create_time()}
     (tmp_path / "out.newllm-lock").write_text(json.dumps(holder))
     with pytest.raises(UserError, match=f"process {parent.pid}"):
-        runner.compare(tiny(text, tmp_path / "out"))
+        compare(tiny(text, tmp_path / "out"))
 
 
 def test_an_interrupted_comparison_is_readable_and_continues(text, tmp_path, monkeypatch):
@@ -284,10 +285,10 @@ def test_an_interrupted_comparison_is_readable_and_continues(text, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(run, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runner.compare(tiny(text, tmp_path / "out"))
+            compare(tiny(text, tmp_path / "out"))
     assert [row["model"] for row in read_results(tmp_path / "out")["rows"]] == ["pythia"]
     assert (tmp_path / "out" / "report.html").is_file()
-    runner.compare(tiny(text, tmp_path / "out"))
+    compare(tiny(text, tmp_path / "out"))
     assert [row["model"] for row in read_results(tmp_path / "out")["rows"]] == ["pythia", "mqa"]
 
 
@@ -304,7 +305,7 @@ def test_an_interrupted_comparison_is_readable_and_continues(text, tmp_path, mon
 )
 def test_the_printed_command_repeats_the_comparison(changes):
     settings = resolve(ExperimentSettings(**changes))
-    words = shlex.split(runner.command(settings))
+    words = shlex.split(command(settings))
     assert words[:2] == ["newllm", "compare"]
     parser = Parser("compare")
     parser.add_settings(ExperimentSettings)
@@ -313,7 +314,5 @@ def test_the_printed_command_repeats_the_comparison(changes):
 
 def test_folder_names_are_safe(tmp_path):
     settings = resolve(RunSettings(model="gqa:num_kv_heads=1,position.type=none", seed=2))
-    assert runner.run_folder(tmp_path, settings).name == "gqa_num_kv_heads=1,position.type=none-seed2"
-    assert (
-        runner.resolve_out(ExperimentSettings(name="Heads / windows: a look")).name == "Heads_windows_a_look-quickstart"
-    )
+    assert run_folder(tmp_path, settings).name == "gqa_num_kv_heads=1,position.type=none-seed2"
+    assert resolve_out(ExperimentSettings(name="Heads / windows: a look")).name == "Heads_windows_a_look-quickstart"
