@@ -169,9 +169,9 @@ class HoldsMemory:
 
     def _check_can_update(self, cached: bool) -> None:
         self.memory_layers()
-        self._check_can_hold()
         if self.training:
             raise UserError("update_memory=True in training mode: training never uses the memory; call model.eval()")
+        self._check_can_hold()
         if cached:
             raise UserError("update_memory=True goes on from the memory: leave past_key_values out")
 
