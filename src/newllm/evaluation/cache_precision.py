@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from newllm.devices import autocast, resolve_precision
 from newllm.evaluation.cache_size import cache_bytes
 from newllm.evaluation.efficiency import cache_figures
 from newllm.evaluation.perplexity import evaluate
+from newllm.evaluation.reading import as_measured
 from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings
     for length in (context // 2, context - context // 4, context):
         ids = torch.from_numpy(np.resize(tokens.ids, (1, length)).astype(np.int64)).to(model.device)
         cache = model.make_cache(precision)
-        with torch.no_grad(), autocast(model.device, resolve_precision(settings.precision, model.device)):
+        with as_measured(model, settings.precision):
             model.hidden_states(ids, past_key_values=cache)
         measured[length] = cache_bytes(cache)._asdict()
     figures = cache_figures(measured)

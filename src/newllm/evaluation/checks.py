@@ -5,7 +5,6 @@ Used by `newllm check`, by every compare run, and by the contract tests. SYSTEMS
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newllm.evaluation.reading import as_measured
 from newllm.models.cache import bytes_of
 from newllm.models.factory import create_model
 from newllm.models.transformer import TransformerLM
+from newllm.settings import Precision
 
 # Largest difference allowed between two ways of computing the same logits, relative to the largest logit.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -65,21 +66,18 @@ def check_model(model: TransformerLM, tokens: int = 160) -> list[CheckResult]:
     Returns one CheckResult per point, in the order of CHECKS.
     """
     tolerance = TOLERANCE if model.config.cache_precision == "model" else QUANTISED_TOLERANCE
-    return _run(Subject(model, _ids(model, tokens), tolerance[model.dtype]), CHECKS)
+    return _run(Subject(model, _ids(model, tokens), tolerance[model.dtype]), CHECKS, "float32")
 
 
-def check_as_trained(
-    model: TransformerLM, tokens: int, precision: contextlib.AbstractContextManager[Any]
-) -> list[CheckResult]:
+def check_as_trained(model: TransformerLM, tokens: int, precision: Precision) -> list[CheckResult]:
     """'future' and 'rows' once more, as the model was trained and its perplexity is measured.
 
     Args:
         tokens: as long as the longest window a perplexity is taken in, so that no boundary within it is missed.
-        precision: the autocast context of training.
+        precision: that of training.
     """
     subject = Subject(model, _ids(model, tokens), TOLERANCE[torch.bfloat16])
-    with precision:
-        results = _run(subject, {name: (CHECKS[name][0], ()) for name in ("future", "rows")})
+    results = _run(subject, {name: (CHECKS[name][0], ()) for name in ("future", "rows")}, precision)
     return [CheckResult(f"{result.name}, as trained", result.passed, result.detail) for result in results]
 
 
@@ -89,11 +87,9 @@ def _ids(model: TransformerLM, tokens: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (3, tokens), generator=generator).to(model.device)
 
 
-def _run(subject: Subject, checks: dict[str, tuple[Check, tuple[str, ...]]]) -> list[CheckResult]:
-    was_training = subject.model.training
-    subject.model.eval()
+def _run(subject: Subject, checks: dict[str, tuple[Check, tuple[str, ...]]], precision: Precision) -> list[CheckResult]:
     results: dict[str, CheckResult] = {}
-    with torch.no_grad(), subject.model.without_memory():
+    with as_measured(subject.model, precision), subject.model.without_memory():
         for name, (check, needs) in checks.items():
             broken = [need for need in needs if results[need].passed is not True]
             if broken:
@@ -107,7 +103,6 @@ def _run(subject: Subject, checks: dict[str, tuple[Check, tuple[str, ...]]]) -> 
                 first_line = (str(error).splitlines() or ["no message"])[0]
                 passed, detail = False, f"raised {type(error).__name__}: {first_line}"
             results[name] = CheckResult(name, passed, detail)
-    subject.model.train(was_training)
     return list(results.values())
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from newllm.devices import autocast, resolve_precision
+from newllm.evaluation.reading import as_measured
 from newllm.models.recurrent import RecurrentLM
 from newllm.settings import CommonSettings, UserError
 
@@ -121,9 +121,6 @@ def score(
     cache_precision: see `TransformerLM.token_losses`. token_losses: takes its place, and may give several kinds of
     losses (…, B, L − 1).
     """
-
-    device = model.device
-    precision = resolve_precision(settings.precision, device)
     batch_tokens = settings.eval_batch_size * settings.seq_length  # type: ignore[operator]
     if token_losses is None and isinstance(model, RecurrentLM) and model.state_size:
         batch_tokens *= RECURRENT_ROWS
@@ -131,8 +128,6 @@ def score(
     read = token_losses or (lambda input_ids: model.token_losses(input_ids, **options))
     length = spans.stop - spans.start
     spans, length = spans[order := np.argsort(-length, kind="stable")], length[order]
-    was_training = model.training
-    model.eval()
     begin = 0
     while begin < len(spans):
         rows = max(1, batch_tokens // int(length[begin]))
@@ -140,12 +135,11 @@ def score(
         begin += rows
         position = batch.start[:, None] + np.arange((batch.stop - batch.start).max())  # (B, L)
         input_ids = np.asarray(ids[np.minimum(position, len(ids) - 1)]).astype(np.int64)
-        with torch.no_grad(), autocast(device, precision):
-            losses = read(torch.from_numpy(input_ids).to(device))  # (B, L - 1)
+        with as_measured(model, settings.precision):  # not while its losses are used
+            losses = read(torch.from_numpy(input_ids).to(model.device))  # (B, L - 1)
         target = position[:, 1:]
         mask = (target >= batch.first[:, None]) & (target < batch.stop[:, None])
         yield Scored(losses.double().cpu().numpy(), mask, input_ids)
-    model.train(was_training)
 
 
 def token_weighted_loss(model: TransformerLM, tokens: TokenFile, settings: CommonSettings) -> float:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from newllm.data.recall import RecallTask, RecallWindow
-from newllm.devices import autocast, resolve_precision
 from newllm.evaluation.cache_size import cache_bytes
+from newllm.evaluation.reading import as_measured
 from newllm.models.cache import LMCache, MemoryState
 from newllm.models.memory import layers_with_memories
 from newllm.settings import CommonSettings
@@ -47,14 +47,10 @@ def evaluate_recall(model: TransformerLM, data: PreparedData, settings: CommonSe
     Raises:
         UserError: the text, the tokenizer or the settings make no windows.
     """
-
     task = RecallTask(data, settings)
     task.check_evaluation(settings.recall_distances)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), autocast(model.device, resolve_precision(settings.precision, model.device)):
+    with as_measured(model, settings.precision):
         distances = [_at_distance(model, task, distance, settings) for distance in sorted(settings.recall_distances)]
-    model.train(was_training)
     return {
         "segment": task.segment,
         "facts": task.facts,

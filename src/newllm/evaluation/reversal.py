@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from newllm.data.reversal import DIRECTIONS, GROUPS, Kind, Pair, ReversalTask, Sentence
-from newllm.devices import autocast, resolve_precision
+from newllm.evaluation.reading import as_measured
 from newllm.evaluation.recall import Z, wilson
 from newllm.ops.loss import linear_cross_entropy
 from newllm.settings import CommonSettings
@@ -56,18 +56,10 @@ def evaluate_reversal(
     Raises:
         UserError: the text holds the facts itself.
     """
-
     task = ReversalTask(data)
     asked = {direction: questions(task, direction) for direction in DIRECTIONS}
-    was_training = model.training
-    model.eval()
-    with (
-        torch.no_grad(),
-        model.without_memory(),
-        autocast(model.device, resolve_precision(settings.precision, model.device)),
-    ):
+    with as_measured(model, settings.precision), model.without_memory():
         answers = {direction: _ask(model, task, asked[direction], settings) for direction in DIRECTIONS}
-    model.train(was_training)
     blocks = {group: blocks_of(asked["forward"], group) for group in GROUPS}  # the same in both directions
     groups: dict[str, Any] = {
         group: {"pairs": sum(map(len, blocks[group]))}

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from newllm.devices import autocast, resolve_device, resolve_precision
+from newllm.devices import resolve_device
 from newllm.evaluation.bands import ppl_band
 from newllm.evaluation.checks import check_as_trained, check_model, is_causal
 from newllm.evaluation.memories import memory_figures
 from newllm.evaluation.perplexity import evaluate, perplexity
+from newllm.evaluation.reading import as_measured
 from newllm.evaluation.recall import evaluate_recall
 from newllm.evaluation.recurrence import recurrence_figures
 from newllm.evaluation.reversal import evaluate_reversal
@@ -43,10 +44,9 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
     model = load_model(folder).to(resolve_device(settings.device)).eval()  # type: ignore[arg-type]
     validation, test = data.splits["validation"], data.splits["test"]
     result = evaluate(model, test, settings)
-    precision = autocast(model.device, resolve_precision(settings.precision, model.device))
     trained_tokens = training.tokens * training.best_step / training.steps  # the kept checkpoint has read no more
     longest = max(settings.seq_length, settings.position_window, settings.sliding_window)  # type: ignore[type-var]
-    checks = check_model(model) + check_as_trained(model, longest, precision)  # type: ignore[arg-type]
+    checks = check_model(model) + check_as_trained(model, longest, settings.precision)  # type: ignore[arg-type]
     return {
         "model": settings.model,
         "seed": settings.seed,
@@ -112,7 +112,7 @@ def sample(model: TransformerLM, data: PreparedData, settings: RunSettings) -> s
     """The beginning of the test split, and how the model goes on."""
     prompt = torch.from_numpy(data.splits["test"].ids[None, :SAMPLE_PROMPT].astype("int64")).to(model.device)
     transformers.set_seed(settings.seed)
-    with torch.no_grad(), autocast(model.device, resolve_precision(settings.precision, model.device)):
+    with as_measured(model, settings.precision):
         ids = model.generate(  # type: ignore[misc]
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=SAMPLE_TOKENS, do_sample=True, top_k=50
         )
