@@ -10,7 +10,8 @@ from newllm.data import TokenFile, prepare
 from newllm.data.corpora import open_corpus
 from newllm.data.recall import MOST_WORDS, RecallDataset, RecallTask, recall_words
 from newllm.data.tasks import WithTasks, stack_windows
-from newllm.data.windows import IGNORED, WindowDataset
+from newllm.data.windows import WindowDataset
+from newllm.ops.loss import IGNORED
 from newllm.settings import DataSettings, RunSettings, UserError, resolve
 
 SEGMENT = 32

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.data import TokenFile
-from newllm.data.windows import IGNORED, StreamDataset, WindowDataset
+from newllm.data.windows import StreamDataset, WindowDataset
+from newllm.ops.loss import IGNORED
 
 document_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=20)
 

@@ -7,7 +7,8 @@ import yaml
 from vintix_stub import SMALL, write_dataset
 
 from newllm.cli import main
-from newllm.vintix.settings import CONFIGS_FOLDER, VintixSettings, config_names
+from newllm.commands.flags import config_names
+from newllm.vintix.settings import CONFIGS_FOLDER, VintixSettings
 
 FLAGS = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -33,7 +34,7 @@ def test_from_nothing_to_the_report(tmp_path, monkeypatch, capsys):
     assert (curves["full"]["seeds"], curves["demonstrator_only"]["seeds"]) == ([4], [0])
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", config_names(CONFIGS_FOLDER))
 def test_configs_hold_settings_that_fit_together(name, capsys):
     assert main(["vintix", "train", "x", "--config", name, "--print_config"]) == 0
     settings = VintixSettings(**yaml.safe_load(capsys.readouterr().out))

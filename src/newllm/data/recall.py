@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from newllm.data.windows import IGNORED, TaskDataset
+from newllm.data.windows import TaskDataset
+from newllm.ops.loss import IGNORED
 from newllm.settings import CommonSettings, UserError
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class RecallTask:
                 told.append(pair[1])
         return self._lay_out(rng, places, length, self.splits["train"], told)
 
-    def evaluation_window(self, distance: int, index: int, split: str = "test") -> RecallWindow:
+    def evaluation_window(self, distance: int, index: int) -> RecallWindow:
         """(distance + 1) segments: the first segment tells, the last asks; the same in every run.
 
         The facts that are not asked stand in the first segment too; what does not fit goes into the ones after it.
@@ -206,9 +207,9 @@ class RecallTask:
             places[number // self.sentences_per_segment].append(self.sentence(kind, pair, wording))
         places[distance].append(self.sentence("question", pairs[0], template))
         told = [answer for _, answer in pairs]
-        return self._lay_out(rng, places, (distance + 1) * self.segment, self.splits[split], told)
+        return self._lay_out(rng, places, (distance + 1) * self.segment, self.splits["test"], told)
 
-    def check_evaluation(self, distances: list[int], split: str = "test") -> None:
+    def check_evaluation(self, distances: list[int]) -> None:
         """Raises UserError for distances and numbers of facts from which no window can be made."""
         if not distances or min(distances) < 1:
             raise UserError(f"--recall-distances is {distances}: give at least one, none below 1")
@@ -219,10 +220,10 @@ class RecallTask:
                 f"--recall-facts is {self.facts}: at most {most} fit into {min(distances)} segments of {self.segment} "
                 "tokens and the words of this text"
             )
-        longest, tokens = (max(distances) + 1) * self.segment, len(self.splits[split])
+        longest, tokens = (max(distances) + 1) * self.segment, len(self.splits["test"])
         if longest > tokens:
             raise UserError(
-                f"--recall-distances: a distance of {max(distances)} takes {longest:,} tokens, the {split} split has "
+                f"--recall-distances: a distance of {max(distances)} takes {longest:,} tokens, the test split has "
                 f"{tokens:,}; at most {tokens // self.segment - 1} is possible"
             )
 

@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from newllm.data.tokens import TokenFile
+from newllm.ops.loss import IGNORED
 
 if TYPE_CHECKING:
     from newllm.data.preparation import PreparedData
     from newllm.settings import CommonSettings
-
-IGNORED = -100
-"""Label of positions without loss (PyTorch's and Hugging Face's convention)."""
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):

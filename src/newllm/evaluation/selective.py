@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from newllm.evaluation.perplexity import contiguous_spans, limit, perplexity, score
+from newllm.evaluation.perplexity import contiguous, perplexity, score
 from newllm.models import SelectiveLM
 from newllm.settings import CommonSettings
 
@@ -27,11 +27,9 @@ def selective_figures(model: TransformerLM, tokens: TokenFile, settings: CommonS
     """
     if not isinstance(model, SelectiveLM):
         return None
-    assert settings.seq_length is not None
-    listener = Listener(model)
-    spans = limit(contiguous_spans(len(tokens.ids), settings.seq_length), settings.eval_tokens)
+    listener, spans = Listener(model), contiguous(tokens, settings)
     totals: dict[str, Any] = dict.fromkeys(("nats", "spoken", "emitted", "shares", "weighted"), 0.0)
-    for batch in score(listener, tokens.ids, spans, settings):  # type: ignore[arg-type]
+    for batch in score(model, tokens.ids, spans, settings, token_losses=listener.token_losses):
         shares, losses, emitted = (x[:, batch.mask] for x in listener.heard)  # each (S + 1, tokens)
         totals["nats"] += losses.sum(axis=1)
         totals["spoken"] += float(batch.losses[batch.mask].sum())
@@ -55,16 +53,13 @@ def selective_figures(model: TransformerLM, tokens: TokenFile, settings: CommonS
 
 
 class Listener:
-    """Stands in for the model in `score`, and keeps of the last batch what every pass said."""
+    """Gives `score` the losses, and keeps of the last batch what every pass said."""
 
     heard: tuple[np.ndarray, np.ndarray, np.ndarray]
     """a, ℓ and whether the pass spoke, each (S + 1, B, T − 1)."""
 
     def __init__(self, model: SelectiveLM) -> None:
         self.model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
 
     def token_losses(self, input_ids: Tensor) -> Tensor:
         losses, gates = self.model.pass_losses(input_ids)

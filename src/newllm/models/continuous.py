@@ -18,6 +18,7 @@ from newllm.models.linear import Linear
 from newllm.models.passes import ManyPassesLM, Projection, check_choice, check_count, check_switch, normalised
 from newllm.models.recurrent import RecurrentLM, lag
 from newllm.models.transformer import register_architecture
+from newllm.ops.loss import IGNORED
 from newllm.settings import UserError
 
 MODES = ("discrete", "continuous")
@@ -184,7 +185,7 @@ class ContinuousLM(ManyPassesLM, RecurrentLM):
             residual = float((h.detach() - before).norm() / h.detach().norm())
         loss = self.loss_of(self.norm(h), labels)
         nats = loss.detach().double()  # whose exponential is infinite where it leaves float64, and no error
-        stats = {"loss": float(nats), "ppl": float(nats.exp()), "tokens": int((labels[:, 1:] != -100).sum())}
+        stats = {"loss": float(nats), "ppl": float(nats.exp()), "tokens": int((labels[:, 1:] != IGNORED).sum())}
         return loss, stats | {"passes": passes, "residual": residual, "states": h.detach()}
 
     def _route(self, mode: str | None, extra_pass: bool | None, use_h1: bool | None) -> tuple[str, int, bool]:

@@ -185,7 +185,5 @@ class DProjLM(RecurrentLM):
 
     def _read(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Layers and last LayerNorm over projections x (B, T, P)."""
-        states = [None] * len(self.layers) if cache is None else cache.layers[:-1]
-        for layer, state in zip(self.layers, states, strict=True):
-            x = layer(x, positions=positions, mask=mask, state=state)
-        return self.norm(x)
+        states = None if cache is None else cache.layers[:-1]
+        return self.norm(self.run_layers(x, positions=positions, mask=mask, states=states))

@@ -19,7 +19,7 @@ from newllm.models.config import LMConfig
 from newllm.models.linear import Linear
 from newllm.models.passes import ManyPassesLM, Projection, check_count, check_switch
 from newllm.models.transformer import TransformerLM, register_architecture
-from newllm.ops.loss import linear_cross_entropy
+from newllm.ops.loss import IGNORED, linear_cross_entropy
 from newllm.settings import UserError
 
 FORWARD = inspect.signature(TransformerLM.forward)
@@ -131,13 +131,13 @@ class SelectiveLM(ManyPassesLM):
     def weighted_loss(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Σ a·ℓ / Σ a over targets and passes; hidden (S + 1, B, T, D), the others as of `forward`."""
         targets = labels[:, 1:].expand(self.num_passes, -1, -1)
-        shares = self.shares(self.gates(hidden))[..., :-1] * (targets != -100)
+        shares = self.shares(self.gates(hidden))[..., :-1] * (targets != IGNORED)
         nats = linear_cross_entropy(
             hidden[:, :, :-1].flatten(0, 2), self.head.weight, targets.flatten(), shares=shares.flatten()
         )
         weight = shares.sum()
         loss = nats / torch.where(weight > 0, weight, 1)  # without a target 0, and so is every gradient
-        return loss if num_items_in_batch is None else loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
+        return loss if num_items_in_batch is None else loss * (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
 
     def pass_losses(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ (S + 1, B, T − 1) in nats, without gradient, and the gates (S + 1, B, T − 1) at the same places."""

@@ -17,7 +17,7 @@ from newllm.models.layers.base import Layer, create_layer
 from newllm.models.linear import Linear
 from newllm.models.memory import HoldsMemory
 from newllm.models.reconstruction import Reconstruction
-from newllm.ops.loss import linear_cross_entropy
+from newllm.ops.loss import IGNORED, linear_cross_entropy
 from newllm.settings import UserError
 
 
@@ -213,7 +213,7 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
     def loss_of(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The training loss from final hidden states (B, T, D); labels and num_items_in_batch as of `forward`."""
         nats = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), self.head.weight, labels[:, 1:].flatten(), "sum")
-        return nats / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return nats / ((labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def token_losses(self, input_ids: Tensor, cache_precision: str | None = None, **inputs) -> Tensor:
         """−log p(token t | tokens < t) in nats for t = 1 … T − 1: (B, T − 1) float32; never all logits in memory.

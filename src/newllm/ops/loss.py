@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
+"""Label of positions without loss (PyTorch's and Hugging Face's convention)."""
 # Rows whose logits are in memory together, in the dtype of the hidden states: 206 MB in bf16 at 50k words. As many as
 # memory allows, since each block adds once to the gradient of the whole weight.
 ROWS = 2048

@@ -267,10 +267,6 @@ class VintixBench(VintixModelSettings):
             raise UserError(f"--laps is {self.laps}: give whole numbers of at least 1")
 
 
-def config_names() -> list[str]:
-    return sorted(path.stem for path in CONFIGS_FOLDER.glob("*.yaml"))
-
-
 def _share(settings: object, name: str) -> None:
     value = getattr(settings, name)
     if not 0 <= value < 1:

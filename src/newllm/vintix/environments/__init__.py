@@ -61,14 +61,6 @@ class TaskFamily:
         """Steps after which an episode is cut."""
         return self.options["episode_length"]
 
-    @property
-    def num_train_tasks(self) -> int:
-        return self.counts["train"]
-
-    @property
-    def num_test_tasks(self) -> int:
-        return self.counts["test"]
-
     def task_ids(self, split: str) -> np.ndarray:
         """The ids of 'train', 'validation' or 'test'."""
         before = sum(self.counts[name] for name in SPLITS[: SPLITS.index(split)])
