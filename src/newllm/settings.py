@@ -53,6 +53,10 @@ class ShapeSettings:
     intermediate_size: int | None = None
     """Width of the MLP."""
 
+    def shape(self) -> dict[str, Any]:
+        """The arguments of `create_model` that give a model this size."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(ShapeSettings)}
+
 
 @dataclass(kw_only=True)
 class DataSettings:

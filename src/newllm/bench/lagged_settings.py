@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from newllm.bench.settings import LayerBench, refuse_twice
+from newllm.bench.settings import ShapeBench, refuse_twice
 from newllm.settings import LaggedSettings, Precision, RunSettings, UserError, check_seeds, nearest, resolve
 
 STEP_BY_STEP, LAGGED = "step_by_step", "lagged"
 
 
 @dataclass(kw_only=True)
-class LaggedBench(LayerBench):
+class LaggedBench(ShapeBench):
     """`newllm bench lagged`."""
 
     model: str = "continuous_fuse"
@@ -24,10 +24,6 @@ class LaggedBench(LayerBench):
     )
     """Ways to train it: 'step_by_step', and 'lagged' with options passes, grad_passes, deep_share, deep_passes. The
     others are compared with the first."""
-    num_layers: int = 6
-    """Number of layers."""
-    num_heads: int = 8
-    """Number of attention heads."""
     vocab_size: int = 8192
     """Words of the vocabulary."""
     batch_size: int = 8
@@ -61,11 +57,6 @@ class LaggedBench(LayerBench):
     """Seeds of these runs."""
     lr: float = 1e-3
     """Their peak learning rate."""
-
-    def shape(self) -> dict[str, Any]:
-        """The arguments of `create_model` that give the model its shape."""
-        names = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
-        return {name: getattr(self, name) for name in names}
 
     def run_settings(self, method: str, seed: int, steps: int) -> RunSettings:
         """A training run with a method. Its budget is told in tokens: one in epochs would add evaluations."""

@@ -39,11 +39,9 @@ class LayerBench:
 
 
 @dataclass(kw_only=True)
-class ModelBench(LayerBench):
-    """The models and their shape; the default is Pythia-70M's."""
+class ShapeBench(LayerBench):
+    """The shape of a model; the default is Pythia-70M's."""
 
-    models: list[str] = field(default_factory=lambda: ["pythia", "gqa", "mqa", "mla", "v_dproj"])
-    """Presets or layer types of this project to measure, with options as in mla:cache_precision=int8."""
     num_layers: int = 6
     """Number of layers."""
     num_heads: int = 8
@@ -51,10 +49,18 @@ class ModelBench(LayerBench):
     vocab_size: int = 50304
     """Words of the vocabulary."""
 
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """The arguments of `create_model` that give a model this shape."""
         names = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(kw_only=True)
+class ModelBench(ShapeBench):
+    """The models."""
+
+    models: list[str] = field(default_factory=lambda: ["pythia", "gqa", "mqa", "mla", "v_dproj"])
+    """Presets or layer types of this project to measure, with options as in mla:cache_precision=int8."""
 
     def check(self) -> None:
         """Also for an unknown model."""

@@ -26,13 +26,7 @@ def train(settings: RunSettings, out: str | None) -> None:
     check_loggers(settings)
     if settings.plugin is not None:
         load_plugin(settings.plugin)
-    check_model_spec(
-        settings.model,
-        hidden_size=settings.hidden_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        intermediate_size=settings.intermediate_size,
-    )
+    check_model_spec(settings.model, **settings.shape())
     check_suitability(settings, [settings.model])
     shown = Path(out) if out is not None else default_folder(settings)
     folder = shown.resolve()  # a folder that is moved aside may be the one we are in

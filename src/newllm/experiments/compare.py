@@ -120,13 +120,7 @@ def check_models(settings: ExperimentSettings) -> None:
     if settings.plugin is not None:
         load_plugin(settings.plugin)
     for model in settings.models:
-        check_model_spec(
-            model,
-            hidden_size=settings.hidden_size,
-            num_layers=settings.num_layers,
-            num_heads=settings.num_heads,
-            intermediate_size=settings.intermediate_size,
-        )
+        check_model_spec(model, **settings.shape())
     check_suitability(settings, settings.models)
 
 

@@ -219,14 +219,7 @@ def _train_phase(
 
 def new_model(settings: RunSettings, data: PreparedData) -> TransformerLM:
     """The untrained model of a run, as large as the settings say, for the tokenizer of the data."""
-    model = create_model(
-        settings.model,
-        hidden_size=settings.hidden_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        intermediate_size=settings.intermediate_size,
-        vocab_size=len(data.tokenizer),
-    )
+    model = create_model(settings.model, **settings.shape(), vocab_size=len(data.tokenizer))
     for config in (model.config, model.generation_config):
         config.eos_token_id = config.pad_token_id = data.tokenizer.eos_token_id
     return model

@@ -39,13 +39,7 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
         )
     for name in models:
         with torch.device("meta"):
-            model = create_model(
-                name,
-                hidden_size=settings.hidden_size,
-                num_layers=settings.num_layers,
-                num_heads=settings.num_heads,
-                intermediate_size=settings.intermediate_size,
-            )
+            model = create_model(name, **settings.shape())
         if model.state_size and not settings.step_by_step:
             _check_lagged(name, model, settings)
         if settings.streaming:
