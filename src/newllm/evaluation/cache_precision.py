@@ -11,6 +11,7 @@ from newllm.evaluation.cache_size import cache_bytes
 from newllm.evaluation.efficiency import cache_figures
 from newllm.evaluation.perplexity import evaluate
 from newllm.evaluation.reading import as_measured
+from newllm.models.cache import TokenState
 from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ def compare_precisions(
 
 def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings, precision: str) -> dict[str, Any]:
     """dtype, cache_bytes_per_token and state_bytes of one row, read from the tensors of the cache."""
-    from newllm.models.cache import TokenState
-
     context = settings.decode_context
     assert context is not None
     measured = {}
