@@ -176,6 +176,7 @@ CASES = {
         lambda p: p.train("--model", "pythia:initializer_range=-1"),
         "initializer_range is -1: it must be at least 0",
     ),
+    "300 digits in an option": (lambda p: p.train("--model", f"gqa:window={'1' * 300}"), "the value of window cannot"),
     "1,000 brackets in an option": (lambda p: p.train("--model", f"gqa:window={'[' * 1000}"), "the value of window"),
     "position given twice": (
         lambda p: p.train("--model", "gqa:position=none,position.type=alibi"),

@@ -6,6 +6,8 @@ import math
 import os
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import psutil
 import pytest
@@ -118,6 +120,64 @@ def test_other_settings_train_anew_and_keep_the_old_run_aside(text, tmp_path, ca
     assert "holds a run with other settings or data: kept as mqa-seed0~old\n" in capsys.readouterr().out
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_comparison_that_fails_replaces_nothing(text, finished, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    with pytest.raises(UserError, match="the training loss is"):
+        compare(tiny(text, out, models=["mqa"], lr=1e30, warmup_ratio=0.0, max_grad_norm=0.0))
+    assert contents(out) == contents(finished)
+
+
+def test_other_runs_keep_the_results_of_those_before(text, finished, tmp_path, capsys):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    for path in (file for file in out.iterdir() if file.is_file()):
+        path.unlink()
+    for seeds in ([0, 1], [1, 0]):
+        compare(tiny(text, out, models=["pythia", "mqa"], seeds=seeds))
+    assert not list(out.glob("*~old*"))  # the same runs
+    compare(tiny(text, out, models=["pythia"]))
+    assert (
+        f"{out} holds a comparison of other runs: kept as results~old.json, with its report\n"
+        in capsys.readouterr().out
+    )
+    assert len(read_results(out)["rows"]) == 1
+    assert len(read_results(out / "results~old.json")["rows"]) == 4
+    assert sorted(path.name for path in out.glob("*~old*")) == ["report~old.html", "report~old.md", "results~old.json"]
+    compare(tiny(text, out, models=["mqa"]))
+    assert len(read_results(out / "results~old2.json")["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("report.md", "mine", "holds a report.md of something else"),
+        ("results.json", "[]", "is not a result of `newllm compare`"),
+        ("results.json", "{", "is not valid JSON"),
+        ("result.json", '{"hash": "a"}', "is the folder of a run"),
+        ("report.html/mine", "mine", "holds a report.html of something else"),
+    ],
+)
+def test_a_folder_of_something_else_is_not_touched(text, tmp_path, name, content, message):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        compare(tiny(text, tmp_path / "out", models=["mqa"]))
+    assert file.read_text() == content
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_a_report_cannot_replace_a_folder(text, finished, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "report.md").unlink()
+    (out / "report.md").mkdir()
+    with pytest.raises(UserError, match=r"report\.md is a folder there"):
+        compare(tiny(text, out, seeds=[0, 1]))
+
+
 def test_the_folder_we_are_in_may_be_the_compare_folder(text, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "notes.txt").write_text("mine")
@@ -138,6 +198,11 @@ def test_speed_and_memory_are_the_same_for_all_seeds_and_kept(text, finished, mo
     for _ in range(2):
         compare(tiny(text, finished, seeds=[0, 1], efficiency=True))
     assert calls == [["pythia-seed0", "mqa-seed0"]]
+    kept = (finished / "efficiency.json").read_text()
+    (finished / "efficiency.json").write_text(kept[: len(kept) // 2])
+    compare(tiny(text, finished, seeds=[0, 1], efficiency=True))
+    assert len(calls) == 2
+    assert (finished / "efficiency.json").read_text() == kept
     assert [row["decode_ms_per_token"] for row in read_results(finished)["rows"]] == [0, 1, 0, 1]
 
 
@@ -301,6 +366,7 @@ def test_an_interrupted_comparison_is_readable_and_continues(text, tmp_path, mon
         {"models": ["gqa:num_kv_heads=1,window=64", "my model"], "name": "Windows & heads", "out": "runs/a b"},
         {"samples": 100, "tokenizer": "some/name", "efficiency": False, "report_to": ["tensorboard"]},
         {"epochs": 0.5, "eval_tokens": 100, "max_documents": 7},
+        {"scale": "pythia-70m", "samples": 10_000, "epochs": 3.0},
     ],
 )
 def test_the_printed_command_repeats_the_comparison(changes):
@@ -313,6 +379,10 @@ def test_the_printed_command_repeats_the_comparison(changes):
 
 
 def test_folder_names_are_safe(tmp_path):
+    long = [f"gqa:{','.join(f'position.slope=0.{digit}' for digit in '1' * 30)},window={n}" for n in (1, 2)]
+    names = {run_folder(tmp_path, RunSettings(model=model)).name for model in long}
+    assert len(names) == 2
+    assert {len(name.encode()) for name in names} == {200}
     settings = resolve(RunSettings(model="gqa:num_kv_heads=1,position.type=none", seed=2))
     assert run_folder(tmp_path, settings).name == "gqa_num_kv_heads=1,position.type=none-seed2"
     assert resolve_out(ExperimentSettings(name="Heads / windows: a look")).name == "Heads_windows_a_look-quickstart"

@@ -16,6 +16,7 @@ from newllm.experiments.results import write_results
 from newllm.experiments.rows import describe_layer
 from newllm.experiments.summary import summarise
 from newllm.models.layers import create_layer
+from newllm.settings import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from screenshot import browser, open_report, set_viewport
@@ -336,6 +337,8 @@ def test_the_recall_section_is_drawn(tmp_path, width):
 def test_results_can_be_named_themselves(tmp_path):
     path = write_results(tmp_path, make_results(1, 1))
     assert write_report(path) == write_report(tmp_path) == tmp_path / "report.html"
+    with pytest.raises(UserError, match="give the folder of a comparison, or its"):
+        write_report(path.rename(tmp_path / "caches.json"))
 
 
 def test_one_is_no_plural():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from newllm.settings import RunSettings
@@ -44,4 +43,6 @@ def train(settings: RunSettings, out: str | None) -> None:
 
 def default_folder(settings: RunSettings) -> Path:
     """runs/MODEL-SCALE-SEED, with what a file name cannot hold replaced."""
-    return Path("runs") / re.sub(r"[^\w.=-]+", "_", f"{settings.model}-{settings.scale}-{settings.seed}")
+    from newllm.training.checkpoints import file_name
+
+    return Path("runs") / file_name(f"{settings.model}-{settings.scale}-{settings.seed}")

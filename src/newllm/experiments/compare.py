@@ -6,9 +6,9 @@ results.json and the report are written anew after each, so that an interrupted 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import re
 import shlex
 import sys
 import tempfile
@@ -29,11 +29,11 @@ from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
-from newllm.experiments.results import Results, read_results, write_results
+from newllm.experiments.results import FILE_NAME, Results, read_results, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.experiments.terminal import print_table
 from newllm.models import check_model_spec, load_plugin
-from newllm.settings import CONFIGS_FOLDER, ExperimentSettings, RunSettings, UserError, resolve
+from newllm.settings import BUDGET, CONFIGS_FOLDER, ExperimentSettings, RunSettings, UserError, resolve
 from newllm.training import (
     check_loggers,
     check_suitability,
@@ -43,8 +43,11 @@ from newllm.training.checkpoints import (
     ERROR_FILE,
     claim_run_folder,
     explaining_full_disk,
+    file_name,
     make_folder,
+    read_object,
     read_result,
+    set_aside,
     write_whole,
 )
 from newllm.training.locks import lock
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from newllm.data import PreparedData
 
 
+EFFICIENCY_FILE = "efficiency.json"  # measured speed and memory, which are kept
 # Columns of the printed table where the output is no terminal that has a width of its own.
 TABLE_WIDTH = 100
 
@@ -72,6 +76,7 @@ def compare(settings: ExperimentSettings) -> Path:
     check_models(settings)
     out = resolve_out(settings)
     make_folder(out)
+    refuse_other_folder(out)
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     earlier = [(path, read_results(Path(path))) for path in settings.reuse]
     with lock(out), Display(console, len(settings.runs())) as display:
@@ -110,9 +115,25 @@ def run_folder(out: Path, run: RunSettings) -> Path:
     return out / file_name(f"{run.model}-seed{run.seed}")
 
 
-def file_name(text: str) -> str:
-    """The text with what a file name cannot hold on some system replaced."""
-    return re.sub(r"[^\w.,=-]+", "_", text)
+def refuse_other_folder(out: Path) -> None:
+    """Raises UserError for a folder in which a comparison would replace what no comparison has written.
+
+    Anything else may stand there beside it.
+    """
+    if (out / FILE_NAME).exists():
+        read_results(out)
+    elif read_result(out):
+        raise UserError(f"--out {out} is the folder of a run: choose another folder")
+    elif other := [path.name for path in (*shown_files(out), out / EFFICIENCY_FILE) if path.exists()]:
+        raise UserError(f"--out {out} holds a {other[0]} of something else: choose another folder")
+    for path in shown_files(out):
+        if path.is_dir():
+            raise UserError(f"--out {out}: {path.name} is a folder there: choose another folder")
+
+
+def shown_files(out: Path) -> list[Path]:
+    """What a comparison shows: its results, and the reports made of them."""
+    return [out / FILE_NAME, out / "report.html", out / "report.md"]
 
 
 def check_models(settings: ExperimentSettings) -> None:
@@ -134,6 +155,7 @@ class Comparison:
         self.created = datetime.now(UTC).isoformat(timespec="seconds")
         self.row_of: dict[int, dict[str, Any]] = {}  # by the run's place in settings.runs()
         self.error_of: dict[int, Exception] = {}
+        self.kept_earlier = False
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -224,8 +246,10 @@ class Comparison:
             "settings": [self.settings.efficiency_seconds, self.settings.decode_context],
             "machine": machine_info(),
         }
-        path = self.out / "efficiency.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        path = self.out / EFFICIENCY_FILE
+        known: dict[str, Any] = {}
+        with contextlib.suppress(OSError, UserError):  # none yet, or damaged: it is measured anew
+            known = read_object(path, "")
         if known.get("key") != key:
             with tempfile.TemporaryDirectory() as temporary:
                 folders = [self._model_to_measure(row, Path(temporary)) for row in rows.values()]
@@ -276,10 +300,23 @@ class Comparison:
         ]
 
     def write(self) -> None:
+        """Results and report, once there is a row: a comparison of which every run fails replaces nothing."""
+        if not self.rows:
+            return
+        self.keep_earlier()
         with explaining_full_disk(self.out):
             write_results(self.out, self.results())
-            if self.rows:
-                write_report(self.out)
+            write_report(self.out)
+
+    def keep_earlier(self) -> None:
+        """Keeps results and report of an earlier comparison in the folder, if it has runs that this one has not."""
+        if self.kept_earlier or not (self.out / FILE_NAME).is_file():
+            return
+        self.kept_earlier = True
+        ours = {run.hash() for run in self.settings.runs()}
+        if any(row.get("hash") not in ours for row in read_results(self.out)["rows"]):
+            old, *_ = set_aside(*filter(Path.is_file, shown_files(self.out)))
+            self.display.say(f"{self.out} holds a comparison of other runs: kept as {old.name}, with its report")
 
 
 def _same_run(run: RunSettings, rows: dict[str | None, dict[str, Any]]) -> dict[str, Any] | None:
@@ -300,13 +337,20 @@ def command(settings: ExperimentSettings) -> str:
 def flags_that_differ(settings: ExperimentSettings, base: ExperimentSettings) -> list[str]:
     """Flags that make `base` the settings; what the settings leave open is not named."""
     base = resolve(base)
+    differ = {field.name for field in dataclasses.fields(settings) if _differ(settings, base, field.name)}
+    if differ & set(BUDGET):
+        differ |= set(BUDGET)  # a part of a budget would replace all of the base's
     words = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if value != getattr(base, field.name) and value is not None:
+        if field.name in differ and value is not None:
             values = value if isinstance(value, list) else [value]
             words += ["--" + field.name.replace("_", "-"), *(flag_value(item) for item in values)]
     return words
+
+
+def _differ(settings: ExperimentSettings, base: ExperimentSettings, name: str) -> bool:
+    return getattr(settings, name) != getattr(base, name)
 
 
 def flag_value(value: Any) -> str:

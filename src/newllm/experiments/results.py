@@ -78,7 +78,7 @@ def read_results(folder: Path) -> Results:
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not valid JSON ({error.msg.lower()} at line {error.lineno}), perhaps cut off: "
-            "start the compare command again, finished runs are kept"
+            "move it and its reports away and start the compare command again, finished runs are kept"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text: give a results.json written by `newllm compare`") from error

@@ -75,6 +75,8 @@ def parse_model(text: str) -> tuple[str, dict[str, Any]]:
                 )
         try:
             target[leaf] = yaml.safe_load(value)
+            if isinstance(target[leaf], int) and abs(target[leaf]) >= 2**63:
+                raise ValueError("no tensor holds it")
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(
                 f"model '{text}': the value of {key} cannot be read: '{value}'; write it as in {name}:window=128"

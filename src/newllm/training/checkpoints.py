@@ -7,6 +7,7 @@ system does at once or not at all. Whatever still carries that suffix when a run
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from newllm.settings import RunSettings, UserError, to_yaml
 
 INCOMPLETE = ".incomplete"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LONGEST_NAME = 200  # bytes of a folder's name: systems take 255, and locks and ~old are appended
 SIZES = "sizes.json"  # in a checkpoint
 ERROR_FILE = "error.txt"  # what went wrong in a run of a comparison
 
@@ -176,6 +178,26 @@ def refuse_other_files(run_folder: Path) -> None:
         raise UserError(f"--out {run_folder} holds other files: choose an empty or new folder")
 
 
+def set_aside(*paths: Path) -> list[Path]:
+    """Renames what belongs together to NAME~old (NAME~old.html of a file), or ~old2, … where one of these is there."""
+
+    def renamed(path: Path, mark: str) -> Path:
+        return path.with_name(f"{path.stem}{mark}{path.suffix}" if path.is_file() else path.name + mark)
+
+    marks = itertools.chain(["~old"], (f"~old{count}" for count in itertools.count(2)))
+    free = next(mark for mark in marks if not any(renamed(path, mark).exists() for path in paths))
+    return [path.rename(renamed(path, free)) for path in paths]
+
+
+def file_name(text: str) -> str:
+    """The text with what a file name cannot hold on some system replaced; a long one is cut, and its hash appended."""
+    name = re.sub(r"[^\w.,=-]+", "_", text)
+    if len(name.encode()) > LONGEST_NAME:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
+    return name
+
+
 def claim_run_folder(
     run_folder: Path, settings: RunSettings, data_fingerprint: str, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
@@ -190,9 +212,7 @@ def claim_run_folder(
     result = read_result(run_folder)
     if any(result.get(key) != value for key, value in identity.items()):
         if result:
-            names = (f"{run_folder.name}~old{count}" for count in itertools.chain([""], itertools.count(2)))
-            old = next(path for name in names if not (path := run_folder.with_name(name)).exists())
-            run_folder.rename(old)
+            (old,) = set_aside(run_folder)
             say(f"{run_folder} holds a run with other settings or data: kept as {old.name}")
         run_folder.mkdir(parents=True, exist_ok=True)
         result = identity

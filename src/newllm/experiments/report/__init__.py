@@ -19,8 +19,9 @@ from newllm.experiments.report.recall import recall_plots, recall_section
 from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
 from newllm.experiments.report.reversal import reversal_plots, reversal_section
 from newllm.experiments.report.selective import selective_section
-from newllm.experiments.results import Results, read_results
+from newllm.experiments.results import FILE_NAME, Results, read_results
 from newllm.experiments.summary import ModelSummary, best_models, decimals, ranked, summarise
+from newllm.settings import UserError
 
 
 def write_report(folder: Path) -> Path:
@@ -29,7 +30,10 @@ def write_report(folder: Path) -> Path:
     Returns the path of the latter.
     """
     results = read_results(folder)
-    folder = folder.parent if folder.is_file() else folder
+    if folder.is_file():
+        if folder.name != FILE_NAME:
+            raise UserError(f"{folder}: give the folder of a comparison, or its {FILE_NAME}")
+        folder = folder.parent
     context = report_context(results, summarise(results))
     for name in ("report.md", "report.html"):
         (folder / name).write_text(_template(name).render(context), encoding="utf-8")
