@@ -313,8 +313,9 @@ class Comparison:
         if self.kept_earlier or not (self.out / FILE_NAME).is_file():
             return
         self.kept_earlier = True
-        ours = {run.hash() for run in self.settings.runs()}
-        if any(row.get("hash") not in ours for row in read_results(self.out)["rows"]):
+        rows = {row.get("hash"): row for row in read_results(self.out)["rows"]}
+        ours = [row["hash"] for run in self.settings.runs() if (row := _same_run(run, rows)) is not None]
+        if rows.keys() - set(ours):
             old, *_ = set_aside(*filter(Path.is_file, shown_files(self.out)))
             self.display.say(f"{self.out} holds a comparison of other runs: kept as {old.name}, with its report")
 
