@@ -20,6 +20,7 @@ from newllm.commands.generate import GenerateSettings, continue_text
 from newllm.data.hub import load_tokenizer
 from newllm.models import create_model
 from newllm.models.factory import preset_names
+from newllm.models.layers import LAYER_TYPES
 from newllm.settings import ExperimentSettings, RunSettings, resolve
 
 FLAGS = {
@@ -300,6 +301,13 @@ def test_models_lists_every_model_and_explains_one(capsys):
     assert "input=fuse, extra_passes=0, use_h1=False" in capsys.readouterr().out
 
 
+@pytest.fixture
+def _forget_my_layer():
+    yield
+    LAYER_TYPES.pop("my_layer", None)
+
+
+@pytest.mark.usefixtures("_forget_my_layer")
 def test_models_of_a_plugin_are_listed(capsys):
     plugin = str(Path(__file__).parents[1] / "examples" / "my_layer.py")
     assert cli.main(["models", "--plugin", plugin]) == 0
