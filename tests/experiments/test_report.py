@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from results_fixture import make_results
 
-from newllm.experiments.report import facts, findings, write_report
+from newllm.experiments.report import facts, findings, plots, write_report
 from newllm.experiments.report.recall import accuracy, recall_plots
 from newllm.experiments.results import write_results
 from newllm.experiments.rows import describe_layer
@@ -221,6 +221,23 @@ def test_a_leak_that_shows_only_as_trained_is_called_one():
             row["checks"].append({"name": "future, as trained", "passed": False, "detail": "leaks the future"})
     said = dict(findings.findings(results, summarise(results)))["Checks"]
     assert said.startswith("gqa: INVALID. It fails: future, as trained. It sees the tokens it should predict. Its perp")
+
+
+def test_a_model_that_has_failed_stands_at_the_edge_of_the_plots():
+    results = make_results()
+    summaries = summarise(results)
+    assert not plots.far_off(summaries)
+    usual = plots.perplexity_plot(summaries), plots.cache_plot(summaries)
+    for row in results["rows"]:
+        if row["model"] == "gqa":
+            row["test_ppl"] = 2252.0 + row["seed"]
+    perplexity, cache = (plot(summarise(results)) for plot in (plots.perplexity_plot, plots.cache_plot))
+    assert [note["text"] for note in perplexity["layout"]["annotations"]] == ["2,253, beyond the plot →"]
+    assert "beyond the plot: gqa 2,253" in cache["layout"]["xaxis"]["title"]["text"]
+    for before, after in zip(usual, (perplexity, cache), strict=True):
+        assert {trace["meta"]["model"] for trace in before["data"]} - {
+            trace["meta"]["model"] for trace in after["data"]
+        } == {next(i for i, summary in enumerate(summaries) if summary.model == "gqa")}
 
 
 def test_a_part_of_the_test_split_is_called_a_part():

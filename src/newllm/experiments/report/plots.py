@@ -20,6 +20,7 @@ CACHE = ALL_COLUMNS["cache_bytes_per_token"]
 MAX_POINTS = 80  # of a training loss curve; more would only draw noise
 
 LABEL_WIDTH = 20  # characters
+FAR = 2.0  # times the lowest perplexity: beyond it a model is named at the edge, where it presses no others together
 
 Figure = dict[str, Any]
 
@@ -50,16 +51,26 @@ def label(model: str, width: int | None = None) -> str:
     return "<br>".join(escape(line) for line in lines)
 
 
+def far_off(shown: list[ModelSummary]) -> dict[str, float]:
+    """{model: mean perplexity} of those that are beyond what a plot shows."""
+    means = {s.model: value.mean for s in shown if (value := s.values[LEAD.key])}
+    return {model: mean for model, mean in means.items() if mean > FAR * min(means.values())}
+
+
 def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
     """Every seed as a dot, the mean with its interval, models from best (top) to worst."""
     shown = [s for s in ranked(summaries) if s.valid and s.values[LEAD.key]]
     if not shown:
         return None
     index = {s.model: i for i, s in enumerate(summaries)}
-    traces = []
+    traces, notes, beyond = [], [], far_off(shown)
     for place, summary in enumerate(shown):
         value = summary.values[LEAD.key]
         assert value is not None
+        if summary.model in beyond:
+            at = {"x": 1, "xref": "paper", "xanchor": "right", "y": place, "yref": "y", "showarrow": False}
+            notes.append({"text": f"{number(value.mean, 0)}, beyond the plot →", **at})
+            continue
         model, seeds = index[summary.model], summary.by_seed(LEAD)
         hover = f"<b>{label(summary.model)}</b><br>%{{x:.2f}}<extra></extra>"
         if len(seeds) > 1:
@@ -80,6 +91,7 @@ def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
             "range": [len(shown) - 0.4, -0.6],
         },
         "shapes": line,
+        "annotations": notes,
     }
     return {"data": traces, "layout": layout}
 
@@ -96,10 +108,10 @@ def cache_plot(summaries: list[ModelSummary]) -> Figure | None:
     ticks = {2.0**power: number(2**power, 0) for power in range(low, high + 1, max(1, (high - low) // 5))}
     if has_zero:
         ticks = {2.0 ** (low - 1): "0", **ticks}
-    traces = []
+    traces, beyond = [], far_off(shown)
     for i, summary in enumerate(summaries):
         value = summary.values[LEAD.key]
-        if summary not in shown or value is None:
+        if summary not in shown or value is None or summary.model in beyond:
             continue
         size = summary.mean(CACHE)
         name = label(summary.model)
@@ -116,9 +128,11 @@ def cache_plot(summaries: list[ModelSummary]) -> Figure | None:
                 hovertemplate=hover,
             )
         )
+    named = ", ".join(f"{label(model)} {number(mean, 0)}" for model, mean in beyond.items())
+    above = f"<br>perplexity beyond the plot: {named}" if beyond else ""
     layout = {
         "xaxis": {
-            "title": {"text": "cache, bytes per token of context (log scale)"},
+            "title": {"text": f"cache, bytes per token of context (log scale){above}"},
             "type": "log",
             "tickvals": list(ticks),
             "ticktext": list(ticks.values()),
