@@ -246,6 +246,16 @@ def test_runs_with_other_settings_are_not_taken_over(text, finished, tmp_path, c
     assert [row.get("reused") for row in read_results(compare(settings).parent)["rows"]] == [None]
 
 
+def test_a_run_whose_perplexity_was_infinite_is_taken_over(text, finished, tmp_path):
+    results = json.loads((finished / "results.json").read_text())
+    for row in results["rows"]:
+        row["test_ppl"] = None  # as results.json has it
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    settings = tiny(text, tmp_path / "out", models=["pythia", "mqa"], reuse=[str(tmp_path)])
+    rows = read_results(compare(settings).parent)["rows"]
+    assert [(row["test_ppl"], bool(row["reused"])) for row in rows] == [(None, True)] * 2
+
+
 def test_runs_on_another_text_are_not_taken_over(text, finished, tmp_path):
     """The settings are the same: the file of that name holds something else."""
     results = json.loads((finished / "results.json").read_text())

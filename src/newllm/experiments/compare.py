@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -34,11 +35,7 @@ from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.experiments.terminal import print_table
 from newllm.models import check_model_spec, load_plugin
 from newllm.settings import BUDGET, CONFIGS_FOLDER, ExperimentSettings, RunSettings, UserError, resolve
-from newllm.training import (
-    check_loggers,
-    check_suitability,
-    new_model,
-)
+from newllm.training import check_loggers, check_suitability, new_model
 from newllm.training.checkpoints import (
     ERROR_FILE,
     claim_run_folder,
@@ -190,10 +187,6 @@ class Comparison:
                 self.display.say(f"{path}: none of its runs has the settings and the text of this comparison")
             for task in tasks:
                 if (row := found.get(task.index)) is not None:
-                    origin = {
-                        "from": Path(path).name,
-                        **{key: results[key] for key in ("created", "version", "machine")},
-                    }
                     measured = dict.fromkeys(EFFICIENCY)  # what this machine measures is not mixed with another's
                     self._add_row(task.index, task.run, {"reused": origin} | row | measured, f", from {path}")
             tasks = [task for task in tasks if task.index not in found]
@@ -214,8 +207,9 @@ class Comparison:
 
     def _add_row(self, index: int, run: RunSettings, row: dict[str, Any], remark: str = "") -> None:
         self.row_of[index] = row
+        ppl = math.inf if row["test_ppl"] is None else row["test_ppl"]  # JSON has no infinity
         self.display.say(
-            f"{self.display.label(index, run)}: test perplexity {row['test_ppl']:.2f}, {row['tokens']:,} tokens "
+            f"{self.display.label(index, run)}: test perplexity {ppl:.2f}, {row['tokens']:,} tokens "
             f"in {duration(row['seconds'])}{'' if row['valid'] else ', INVALID: it fails a check'}{remark}"
         )
         self.display.run_done()
