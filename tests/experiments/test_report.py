@@ -240,6 +240,15 @@ def test_a_model_that_has_failed_stands_at_the_edge_of_the_plots():
         } == {next(i for i, summary in enumerate(summaries) if summary.model == "gqa")}
 
 
+def test_a_seed_that_has_come_apart_is_told():
+    results = make_results()
+    assert "finite" not in dict(findings.findings(results, summarise(results)))["Quality"]
+    row = next(row for row in results["rows"] if (row["model"], row["seed"]) == ("gqa", 1))
+    row["test_ppl"] = None  # as results.json has an infinite one
+    quality = dict(findings.findings(results, summarise(results)))["Quality"]
+    assert "Without a finite perplexity, and in no mean: gqa (1 of three seeds)." in quality
+
+
 def test_a_part_of_the_test_split_is_called_a_part():
     results = make_results()
     assert "Scored" not in dict(facts.facts(results))

@@ -177,7 +177,8 @@ class Comparison:
     def reuse(self, earlier: list[tuple[str, Results]], tasks: list[Task]) -> list[Task]:
         """Takes rows of the same settings and text from earlier comparisons; returns the runs that are in none of them.
 
-        Such a row says under "reused" where it comes from: time and machine are those of that comparison.
+        The text is the same where what is said of it is: its name, its tokenizer, and documents, bytes and tokens of
+        every split. Such a row says under "reused" where it comes from: time and machine are those of that comparison.
         """
         for path, results in earlier:
             origin = {"from": Path(path).name} | {key: results[key] for key in ("created", "version", "machine")}

@@ -48,7 +48,7 @@ def findings(results: Results, summaries: list[ModelSummary]) -> list[tuple[str,
     """(topic, sentences) for quality, memory, speed and how far the numbers carry."""
     shown = competitors(summaries)
     parts = [
-        ("Quality", _quality(shown)),
+        ("Quality", " ".join(filter(None, (_quality(shown), _not_finite(summaries))))),
         ("Memory", _memory(shown)),
         ("Recall", _recall(shown)),
         ("Reversal", _reversal(shown)),
@@ -74,6 +74,13 @@ def _quality(shown: list[ModelSummary]) -> str:
     }
     said = [f"{text}: {join(groups[verdict])}." for verdict, text in texts.items() if verdict in groups]
     return " ".join(said)
+
+
+def _not_finite(summaries: list[ModelSummary]) -> str:
+    """Seeds that have come apart; no mean has them, so that they must be told."""
+    lost = {s.model: len(s.rows) - len(s.by_seed(LEAD)) for s in summaries if s.valid}
+    named = [f"{s.model} ({lost[s.model]} of {count(len(s.rows), 'seed')})" for s in summaries if lost.get(s.model)]
+    return f"Without a finite perplexity, and in no mean: {join(named)}." if named else ""
 
 
 def _memory(shown: list[ModelSummary]) -> str:
