@@ -21,7 +21,8 @@ from newllm.data.hub import load_tokenizer
 from newllm.models import create_model
 from newllm.models.factory import preset_names
 from newllm.models.layers import LAYER_TYPES
-from newllm.settings import ExperimentSettings, RunSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import ExperimentSettings, RunSettings
 
 FLAGS = {
     **{

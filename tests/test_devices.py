@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from newllm.devices import autocast, machine_info, resolve_device, resolve_precision
-from newllm.settings import UserError
+from newllm.errors import UserError
 
 CPU = torch.device("cpu")
 

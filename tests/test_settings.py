@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from newllm.commands.flags import Parser
-from newllm.settings import BUDGET, ExperimentSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import BUDGET, ExperimentSettings
 
 RESULTS = Path(__file__).parents[1] / "docs" / "experiments"
 

@@ -4,7 +4,8 @@ import json
 
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
-from newllm.settings import DataSettings, ExperimentSettings, RunSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, ExperimentSettings, RunSettings
 from newllm.training import train
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 300}

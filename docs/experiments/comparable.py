@@ -8,12 +8,12 @@ from statistics import fmean
 
 from pareto_plot import front
 
+from newllm.errors import UserError
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
 from newllm.experiments.report.words import count
 from newllm.experiments.results import Results, Row, read_results
 from newllm.experiments.statistics import Estimate
 from newllm.experiments.summary import ModelSummary, summarise
-from newllm.settings import UserError
 
 CACHE, STATE = ALL_COLUMNS["cache_bytes_per_token"], ALL_COLUMNS["state_bytes"]
 REPEATED, DECODING = ALL_COLUMNS["recall.repeated"], ALL_COLUMNS["decode_ms_per_token"]

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from newllm.settings import Precision, UserError
+from newllm.errors import UserError
+from newllm.settings import Precision
 
 
 def resolve_device(device: str) -> torch.device:

@@ -1,43 +1,28 @@
 """Every value of an experiment, as plain dataclasses: each field is a command line flag and a YAML key.
 
-This module imports neither torch nor transformers, so that `newllm --help` stays quick.
-
-A field that the chosen scale names (`scales/NAME.yaml`) takes its value from there where it is None. The order of
-precedence is flag, then config file, then scale. `resolve` returns a copy in which every such field is filled.
+This module imports neither torch nor transformers, so that `newllm --help` stays quick. A field that is None here is
+filled by the chosen scale, see `resolution`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
-SCALES_FOLDER = Path(__file__).parent / "scales"
+from newllm.paths import spelt_alike, user_path
+
 CONFIGS_FOLDER = Path(__file__).parent / "experiments" / "configs"
 
 CORPORA = ("shakespeare", "pile")
 HUB = "hf:"  # begins the name of a Hugging Face data set in `--data`
 PILE_TOKENIZER = "EleutherAI/pythia-70m"
 Precision = Literal["auto", "bf16", "float32"]
-
-
-class UserError(ValueError):
-    """Wrong input from outside: one line that says what, where, and what would be valid. The CLI exits with 2."""
-
-
-def nearest(name: str, valid: list[str], what: str, where: str = "") -> UserError:
-    """The error for an unknown name: names the nearest valid one, or all of them where none is near."""
-    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    hint = f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(sorted(valid))}"
-    return UserError(f"unknown {what} '{name}'{where and ' ' + where}: {hint}")
 
 
 @dataclass(kw_only=True)
@@ -331,21 +316,6 @@ class RunSettings(CommonSettings):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def user_path(name: str) -> Path:
-    """A path as it was typed, `~` and `~user` replaced; a file whose own name begins with ~ is taken as it is."""
-    path = Path(name)
-    if not path.exists():
-        with contextlib.suppress(RuntimeError):  # no such user
-            path = path.expanduser()
-    return path
-
-
-def spelt_alike(name: str) -> str:
-    """What a path is called wherever it is given from: its last part. A name that is no path stays as it is."""
-    path = user_path(name)
-    return path.resolve().name if path.exists() else name
-
-
 def corpus_name(data: str) -> str:
     """What `--data` is called, however it is spelt; which text that is tells the fingerprint of its content."""
     if data in CORPORA:
@@ -353,121 +323,6 @@ def corpus_name(data: str) -> str:
     if data.startswith(HUB):
         return HUB + spelt_alike(data.removeprefix(HUB))
     return spelt_alike(data)
-
-
-def cache_folder(chosen: str | None = None) -> Path:
-    """For tokenizers, token files and compiled kernels: `chosen`, else $NEWLLM_CACHE, else ~/.cache/newllm."""
-    return user_path(chosen or os.environ.get("NEWLLM_CACHE") or "~/.cache/newllm")
-
-
-def scale_names() -> list[str]:
-    return sorted(path.stem for path in SCALES_FOLDER.glob("*.yaml"))
-
-
-def load_scale(name: str) -> dict[str, Any]:
-    """The values of a named scale."""
-    if name not in scale_names():
-        raise nearest(name, scale_names(), "scale")
-    return yaml.safe_load((SCALES_FOLDER / f"{name}.yaml").read_text())
-
-
-S = TypeVar("S", bound=CommonSettings)
-
-
-def resolve(settings: S) -> S:
-    """A copy of the settings in which the scale has filled every value left at None, and every value is checked."""
-    given = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    scale = load_scale(settings.scale)
-    # A budget given in one way replaces the scale's budget given in another.
-    if any(given[key] is not None for key in BUDGET):
-        scale = {key: value for key, value in scale.items() if key not in BUDGET}
-        if settings.max_tokens is None and settings.epochs is None:
-            scale["epochs"] = 1.0
-    if settings.data == "pile" and settings.tokenizer is None:
-        scale["tokenizer"] = PILE_TOKENIZER
-    filled: dict[str, Any] = {key: scale.get(key) if value is None else value for key, value in given.items()}
-    check(type(settings)(**filled))
-    # 2 in a file and 2.0 by flag are the same setting, and have the same hash.
-    floats = {f.name for f in dataclasses.fields(settings) if f.type in ("float", "float | None")}
-    as_floats = {name: float(filled[name]) for name in floats if filled[name] is not None}
-    return type(settings)(**(filled | as_floats))
-
-
-POSITIVE = (
-    *("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size", "lr", "batch_size"),
-    *("gradient_accumulation", "max_tokens", "samples", "epochs", "threads", "evaluations", "eval_tokens"),
-    *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts"),
-    *("lagged_passes", "lagged_grad_passes", "lagged_deep_passes"),
-    *("projection_tokens", "projection_iterations", "projection_lr", "projection_batch", "projection_tolerance"),
-    "efficiency_seconds",
-)
-# A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it;
-# memories are swapped between two windows of recall.
-AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
-AT_LEAST |= {"recall_windows": 2, "projection_clip": 0, "projection_noise": 0, "projection_mean_weight": 0}
-AT_LEAST |= dict.fromkeys(("max_grad_norm", "weight_decay", "checkpoint_minutes", "lagged_memory"), 0)
-SHARES = (
-    "warmup_ratio",
-    "min_lr_ratio",
-    "validation_share",
-    "test_share",
-    "adam_beta1",
-    "adam_beta2",
-    "recall_share",
-    "recall_curriculum",
-    "reversal_share",
-    "lagged_deep_share",
-    "projection_target",
-)
-
-SEEDS = 2**32
-"""NumPy takes no seed from here on."""
-
-
-def check_values(settings: CommonSettings) -> None:
-    """Raises UserError for a value that is out of range whatever the others are; None is left to the scale."""
-    for name in POSITIVE:
-        value = getattr(settings, name, None)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    for name, least in AT_LEAST.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
-    for name in SHARES:
-        value = getattr(settings, name)
-        if not 0 <= value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
-    for name in ("seed", "seeds"):
-        check_seeds(name, getattr(settings, name, []))
-
-
-def check_seeds(name: str, value: int | list[int], limit: int = SEEDS) -> None:
-    """Raises UserError for a seed of this setting that is negative or not below the limit."""
-    if any(not 0 <= seed < limit for seed in (value if isinstance(value, list) else [value])):
-        raise UserError(f"--{name.replace('_', '-')} is {value}: a seed is a whole number from 0 to {limit - 1}")
-
-
-def check(settings: CommonSettings) -> None:
-    """Raises UserError for values no run could work with; settings must be resolved."""
-    check_values(settings)
-    if settings.sliding_stride >= settings.sliding_window:  # type: ignore[operator]
-        raise UserError(
-            f"--sliding-stride {settings.sliding_stride} must be less than --sliding-window {settings.sliding_window}: "
-            "the rest of the window is the context"
-        )
-    if settings.hidden_size % settings.num_heads:  # type: ignore[operator]
-        raise UserError(
-            f"--hidden-size {settings.hidden_size} does not divide into --num-heads {settings.num_heads}: "
-            f"choose a multiple of {settings.num_heads}"
-        )
-    if isinstance(settings, ExperimentSettings):
-        if not settings.models:
-            raise UserError("--models is empty: name at least one preset, for example --models pythia")
-        if not settings.seeds or len(set(settings.seeds)) < len(settings.seeds):
-            raise UserError(f"--seeds {settings.seeds}: give at least one seed, each only once")
-        if len(set(settings.models)) < len(settings.models):
-            raise UserError(f"--models names a model twice: {' '.join(settings.models)}")
 
 
 def to_yaml(settings: Any) -> str:

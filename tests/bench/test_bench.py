@@ -19,9 +19,9 @@ from newllm.bench.settings import BenchSettings, DecodeBench, MemoryBench, Train
 from newllm.bench.train import bench_train
 from newllm.bench.worker import BenchWork, build_subject, weight_bytes
 from newllm.commands.bench import TABLE_WIDTH, run, table
+from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
 from newllm.models import create_model
-from newllm.settings import UserError
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "vocab_size": 96}
 MODELS = ["pythia", "mqa:window=9", "pythia:cache_precision=int8"]

@@ -16,8 +16,9 @@ from newllm.bench.worker import BenchWork
 from newllm.commands.bench_lagged import quality_table, run, speed_table
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
+from newllm.errors import UserError
 from newllm.evaluation.perplexity import token_weighted_loss
-from newllm.settings import DataSettings, UserError
+from newllm.settings import DataSettings
 
 SHAPE = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32, "vocab_size": 300}
 

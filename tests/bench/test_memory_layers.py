@@ -18,10 +18,10 @@ from newllm.bench.rounds import BenchWorker
 from newllm.bench.settings import GrowthBench, ReadingBench
 from newllm.bench.stream import Stream
 from newllm.commands.bench import TABLE_WIDTH, run
+from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
 from newllm.models import create_model
 from newllm.models.layers import create_layer
-from newllm.settings import UserError
 
 LAYER = {"hidden_size": 16, "intermediate_size": 24}
 SHAPE = LAYER | {"num_layers": 2, "num_heads": 4, "vocab_size": 64}

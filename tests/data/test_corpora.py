@@ -14,7 +14,8 @@ import zstandard
 from newllm.data import hub
 from newllm.data.corpora import open_corpus
 from newllm.data.tokenizer import load_tokenizer
-from newllm.settings import DataSettings, UserError
+from newllm.errors import UserError
+from newllm.settings import DataSettings
 
 TEXTS = [
     "Once more unto the breach,\ndear friends.",

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 import newllm.data.preparation as module
 from newllm.data import describe, prepare, sample_text
-from newllm.settings import DataSettings, RunSettings, UserError
+from newllm.errors import UserError
+from newllm.settings import DataSettings, RunSettings
 
 TEXTS = [
     f"Act {i}.\n\nEnter king number {i}, with {i * 7} lords and a fool named Touch{i}.\n" * (i % 4 + 1)

@@ -11,8 +11,10 @@ from newllm.data.corpora import open_corpus
 from newllm.data.recall import MOST_WORDS, RecallDataset, RecallTask, recall_words
 from newllm.data.tasks import WithTasks, stack_windows
 from newllm.data.windows import WindowDataset
+from newllm.errors import UserError
 from newllm.ops.loss import IGNORED
-from newllm.settings import DataSettings, RunSettings, UserError, resolve
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, RunSettings
 
 SEGMENT = 32
 

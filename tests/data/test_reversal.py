@@ -19,7 +19,9 @@ from newllm.data.reversal import (
     load_kinds,
     of_group,
 )
-from newllm.settings import DataSettings, RunSettings, UserError, resolve
+from newllm.errors import UserError
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, RunSettings
 
 KINDS = load_kinds()
 

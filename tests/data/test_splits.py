@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from newllm.data.corpora import Corpus, Document
 from newllm.data.splits import SPLITS, Spool, split_documents
-from newllm.settings import UserError
+from newllm.errors import UserError
 
 
 @pytest.fixture(scope="module")

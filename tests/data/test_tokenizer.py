@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from newllm.data.tokenizer import EOS, encode_documents, load_tokenizer, pieces, train_bpe
-from newllm.settings import UserError
+from newllm.errors import UserError
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n\n" * 3
 BPE = train_bpe([TEXT], 300)

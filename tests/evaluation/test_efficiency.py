@@ -17,7 +17,8 @@ from newllm.evaluation.efficiency import KEYS, cache_figures, measure_all
 from newllm.evaluation.processes import Worker, WorkerError
 from newllm.evaluation.worker import Work
 from newllm.models import ContinuousLM, create_model
-from newllm.settings import RunSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import RunSettings
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "vocab_size": 96}
 

@@ -10,11 +10,13 @@ from newllm.commands import evaluate as command
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.data.recall import RecallTask
+from newllm.errors import UserError
 from newllm.evaluation.recall import another_row, evaluate_recall, has_memories, knock_out, wilson
 from newllm.experiments.compare import compare
 from newllm.models import create_model
 from newllm.models.cache import LMCache, RecurrentState
-from newllm.settings import DataSettings, ExperimentSettings, RunSettings, UserError, resolve
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, ExperimentSettings, RunSettings
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 SEGMENT = 32

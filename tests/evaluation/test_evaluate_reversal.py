@@ -29,7 +29,8 @@ from newllm.experiments.results import read_results
 from newllm.models import create_model
 from newllm.models.cache import LMCache, RecurrentState
 from newllm.models.transformer import TransformerLM
-from newllm.settings import DataSettings, ExperimentSettings, RunSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, ExperimentSettings, RunSettings
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 SIZES = {"forward": 8, "both": 4, "never": 4}

@@ -11,7 +11,8 @@ from newllm.data import TokenFile
 from newllm.evaluation.checks import CHECK_SHAPE
 from newllm.evaluation.memories import memory_figures
 from newllm.evaluation.perplexity import token_weighted_loss
-from newllm.settings import RunSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import RunSettings
 
 SETTINGS = resolve(RunSettings(seq_length=24, eval_batch_size=3, precision="float32", device="cpu"))
 TOKENS = TokenFile(np.random.default_rng(0).integers(61, size=500), np.array([0, 200, 500]), 1, ["a", "b"])

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from newllm.errors import UserError
 from newllm.evaluation import perplexity as pp
 from newllm.evaluation.bands import BANDS, REFERENCE_BYTES_PER_TOKEN, ppl_band
 from newllm.models import create_model
-from newllm.settings import RunSettings, UserError
+from newllm.settings import RunSettings
 
 
 @dataclass

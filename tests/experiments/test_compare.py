@@ -16,12 +16,14 @@ from tiny_runs import tiny_comparison as tiny
 from newllm.cli import main
 from newllm.commands.flags import Parser
 from newllm.data import prepare
+from newllm.errors import UserError
 from newllm.evaluation.perplexity import evaluate
 from newllm.experiments import run
 from newllm.experiments.compare import command, compare, resolve_out, run_folder
 from newllm.experiments.results import read_results
 from newllm.models import load_model
-from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
+from newllm.resolution import resolve
+from newllm.settings import ExperimentSettings, RunSettings
 
 
 @pytest.fixture(scope="module")

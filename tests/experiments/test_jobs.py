@@ -16,16 +16,17 @@ import torch
 from tiny_runs import STEP, tiny_comparison
 
 from newllm.cli import main
+from newllm.errors import UserError
 from newllm.experiments import jobs
 from newllm.experiments.compare import command, compare
 from newllm.experiments.results import read_results
-from newllm.settings import UserError, resolve
+from newllm.resolution import resolve
 from newllm.training.checkpoints import checkpoints, read_result
 
 PLUGIN = """
 import os, signal
 from newllm.models.layers.base import Layer, register_layer
-from newllm.settings import UserError
+from newllm.errors import UserError
 
 class Broken(Layer):
     def __init__(self, hidden_size, num_heads, intermediate_size):

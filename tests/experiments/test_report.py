@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from results_fixture import make_results
 
+from newllm.errors import UserError
 from newllm.experiments.report import facts, findings, plots, write_report
 from newllm.experiments.report.recall import accuracy, recall_plots
 from newllm.experiments.results import write_results
 from newllm.experiments.rows import describe_layer
 from newllm.experiments.summary import summarise
 from newllm.models.layers import create_layer
-from newllm.settings import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from screenshot import browser, open_report, set_viewport

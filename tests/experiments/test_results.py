@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from results_fixture import make_results
 from rich.console import Console
 
+from newllm.errors import UserError
 from newllm.experiments.columns import ALL_COLUMNS, LEAD, MAIN_COLUMNS
 from newllm.experiments.figures import number
 from newllm.experiments.results import read_results, write_results
 from newllm.experiments.statistics import estimate, paired_difference, t_probability, t_quantile
 from newllm.experiments.summary import best_models, decimals, ranked, summarise
 from newllm.experiments.terminal import print_table
-from newllm.settings import UserError
 
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
 

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
 from newllm.evaluation.checks import CHECK_SHAPE, check_layer_types
 from newllm.models import create_model, load_model
 from newllm.models.cache import PRECISIONS, KeyValueState, LatentState, LMCache, RecurrentState, TokenState
 from newllm.models.layers import LAYER_TYPES
 from newllm.ops.quantize import BITS, dequantize, quantize
-from newllm.settings import UserError
 
 QUANTISED = list(BITS)
 TYPES = [name for name, cls in LAYER_TYPES.items() if cls.__module__.startswith("newllm.models")]

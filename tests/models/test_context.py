@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_recurrent import lively
 
+from newllm.errors import UserError
 from newllm.evaluation.checks import check_model
 from newllm.models import TransformerLM, create_model, load_model
 from newllm.models.cache import RecurrentState, bytes_of
 from newllm.models.layers import create_layer
 from newllm.models.recurrent import RecurrentLM, lag
-from newllm.settings import UserError
 
 SHAPE = {"hidden_size": 16, "num_layers": 3, "num_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 LAYER = {"type": "context", "hidden_size": 16, "num_heads": 2, "intermediate_size": 24}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from newllm.errors import UserError
 from newllm.models import ContinuousLM, create_model, load_model
 from newllm.models.layers import InfiniLayer, MLALayer, PythiaLayer, create_layer
 from newllm.models.recurrent import lag
-from newllm.settings import UserError
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "vocab_size": 61}
 RECURRENT = ("continuous", "continuous_extra", "continuous_combined", "continuous_fuse")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from newllm.errors import UserError
 from newllm.models import create_model
 from newllm.models.interop import from_gpt_neox, max_logit_difference, to_gpt_neox
-from newllm.settings import UserError
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm import TransformerLM, create_model
+from newllm.errors import UserError
 from newllm.evaluation.checks import CHECK_SHAPE, check_model
 from newllm.models.cache import bytes_of
 from newllm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer, create_layer
-from newllm.settings import UserError
 
 SHAPE = {name: CHECK_SHAPE[name] for name in ("hidden_size", "num_heads", "intermediate_size")}
 D = SHAPE["hidden_size"]

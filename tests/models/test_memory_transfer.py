@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from newllm import create_model, load_model
+from newllm.errors import UserError
 from newllm.models import TransformerLM
 from newllm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
 from newllm.models.memory import merge_memory_states, take_row
 from newllm.models.memory_file import _digest, load_memory, read_memory, save_memory
-from newllm.settings import UserError
 
 S = 4  # segment length
 PRESETS = ("infini", "multi_memory", "hierarchical", "infini_all")

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
 from newllm.models import create_model, load_model
 from newllm.models.layers import MLALayer, PythiaLayer, create_layer
 from newllm.models.transformer import TransformerLM
 from newllm.ops import attention, native, reference
 from newllm.ops.quantize import BITS
-from newllm.settings import UserError
 
 POSITIONS = {
     "uniform": {},

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
 from newllm.models import create_model, load_model
 from newllm.models.projection import DiverseProjection, DProjConfig, effective_rank, oacd_loss
 from newllm.models.recurrent import lag
-from newllm.settings import UserError
 
 SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 80, "vocab_size": 61}
 

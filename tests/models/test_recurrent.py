@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_recurrent import SHAPE, ToyLM, lively, recurrent_presets, toy
 
+from newllm.errors import UserError
 from newllm.evaluation.checks import CHECKS, check_model
 from newllm.models import create_model, load_model
 from newllm.models.recurrent import lag
-from newllm.settings import UserError
 
 MODELS = ["toy", *recurrent_presets()]
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}

@@ -7,13 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from newllm.data import TokenFile
+from newllm.errors import UserError
 from newllm.evaluation.perplexity import evaluate
 from newllm.evaluation.selective import selective_figures
 from newllm.models import TransformerLM, create_model
 from newllm.models.layers import InfiniLayer, PythiaLayer
 from newllm.models.selective import SelectiveLM
 from newllm.ops import reference
-from newllm.settings import RunSettings, UserError, resolve
+from newllm.resolution import resolve
+from newllm.settings import RunSettings
 
 SHAPE = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "intermediate_size": 48, "vocab_size": 61}
 

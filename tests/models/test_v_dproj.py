@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
 from newllm.evaluation.checks import CHECK_SHAPE
 from newllm.models import create_model
 from newllm.models.layers import VDProjLayer
-from newllm.settings import UserError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import os
 
 import pytest
 
-from newllm.settings import RunSettings, UserError, resolve
+from newllm.errors import UserError
+from newllm.resolution import resolve
+from newllm.settings import RunSettings
 from newllm.training.checkpoints import (
     checkpoints,
     claim_run_folder,

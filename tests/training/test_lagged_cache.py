@@ -17,11 +17,12 @@ from transformers import TrainerControl, TrainerState
 from newllm.data import prepare
 from newllm.data.tasks import stack_windows
 from newllm.data.windows import WindowDataset
+from newllm.errors import UserError
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import create_model, load_model
 from newllm.models.factory import PLUGIN_PRESETS
 from newllm.models.recurrent import RecurrentLM
-from newllm.settings import RunSettings, UserError
+from newllm.settings import RunSettings
 from newllm.training import new_model, train
 from newllm.training.callbacks import FlowCallback, Schedule
 from newllm.training.lagged_cache import KeyedWindows, LaggedTraining, is_deep, lagged_loss

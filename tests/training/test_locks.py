@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.training.locks import create_lock, lock
 
 

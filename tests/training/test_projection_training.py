@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
+from newllm.errors import UserError
 from newllm.experiments.compare import compare
 from newllm.experiments.report.projection import cells
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.models.projection import oacd_loss
-from newllm.settings import DataSettings, ExperimentSettings, RunSettings, UserError, resolve
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, ExperimentSettings, RunSettings
 from newllm.training import new_model, train
 from newllm.training.projection import ProjectionTrainer, held_out, held_out_windows, stream
 

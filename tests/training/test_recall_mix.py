@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
-from newllm.settings import DataSettings, RunSettings, UserError, resolve
+from newllm.errors import UserError
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, RunSettings
 from newllm.training import train
 from newllm.training.run import reconstruction_settings
 from newllm.training.trainer import RunSampler

@@ -14,7 +14,9 @@ from newllm.data.corpora import open_corpus
 from newllm.data.reversal import load_kinds
 from newllm.data.tasks import WithTasks, training_tasks
 from newllm.data.windows import WindowDataset
-from newllm.settings import DataSettings, RunSettings, UserError, resolve
+from newllm.errors import UserError
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, RunSettings
 from newllm.training import train
 from newllm.training.run import reconstruction_settings
 from newllm.training.suitability import check_suitability

@@ -5,7 +5,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from newllm.settings import RunSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import RunSettings
 from newllm.training.callbacks import LONGEST_LOG_WINDOW, Schedule, evaluations_without_progress, out_of_patience
 from newllm.training.run import total_steps
 from newllm.training.trainer import RunSampler

@@ -17,8 +17,9 @@ from newllm.cli import main
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.data.windows import StreamDataset
+from newllm.errors import UserError
 from newllm.models.layers import LAYER_TYPES
-from newllm.settings import DataSettings, RunSettings, UserError
+from newllm.settings import DataSettings, RunSettings
 from newllm.training import new_model
 
 PLUGIN = str(Path(__file__).parents[2] / "examples" / "my_layer.py")

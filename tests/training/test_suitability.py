@@ -2,7 +2,9 @@
 
 import pytest
 
-from newllm.settings import RunSettings, UserError, resolve
+from newllm.errors import UserError
+from newllm.resolution import resolve
+from newllm.settings import RunSettings
 from newllm.training import check_suitability
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny_runs import STEP, metrics, run
 
 from newllm.data import prepare
+from newllm.errors import UserError
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.models import load_model
-from newllm.settings import UserError
 from newllm.training import exact, new_model, train, trainer
 from newllm.training.checkpoints import checkpoints, newest_checkpoint
 

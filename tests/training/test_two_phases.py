@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from tiny_runs import STEP, metrics, run
 
 from newllm.data import prepare
+from newllm.errors import UserError
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.experiments.compare import compare
 from newllm.experiments.report.facts import facts
 from newllm.experiments.results import read_results
 from newllm.models import load_model
-from newllm.settings import ExperimentSettings, RunSettings, UserError, resolve
+from newllm.resolution import resolve
+from newllm.settings import ExperimentSettings, RunSettings
 from newllm.training import new_model
 from newllm.training.run import reconstruction_settings
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix import collect as module
 from newllm.vintix.collect import collect, episode_returns, noise
 from newllm.vintix.data import METADATA, History, read_histories

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix.data import KEYS, METADATA, READ, Histories, History, HistoryDataset, read_histories, read_history
 from newllm.vintix.data import write_history as write
 

@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix.collect import mean_score, measure
 from newllm.vintix.environments import family_names, from_spec, regions, task_family
 from newllm.vintix.settings import CollectSettings

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from vintix_stub import SMALL, group, small_model, write_dataset
 
-from newllm.settings import UserError, to_yaml
+from newllm.errors import UserError
+from newllm.settings import to_yaml
 from newllm.vintix.data import read_histories
 from newllm.vintix.environments import from_spec, task_family
 from newllm.vintix.evaluate import evaluate

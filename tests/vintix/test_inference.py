@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vintix_stub import inputs, raw_steps, small_model
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix.inference import VintixEngine
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vintix_stub import group, inputs, raw_steps, small_model
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix.model import VintixConfig, VintixModel
 
 

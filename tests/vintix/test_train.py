@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from vintix_stub import write_dataset
 
 from newllm import devices
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix import train as module
 from newllm.vintix.data import HistoryDataset
 from newllm.vintix.environments import TaskFamily

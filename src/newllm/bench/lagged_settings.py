@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from newllm.bench.settings import ShapeBench, refuse_twice
-from newllm.settings import LaggedSettings, Precision, RunSettings, UserError, check_seeds, nearest, resolve
+from newllm.errors import UserError, nearest
+from newllm.resolution import check_seeds, resolve
+from newllm.settings import LaggedSettings, Precision, RunSettings
 
 STEP_BY_STEP, LAGGED = "step_by_step", "lagged"
 

@@ -23,7 +23,8 @@ from newllm.bench.settings import BenchSettings, LayerBench
 from newllm.devices import machine_info
 from newllm.evaluation.processes import Worker
 from newllm.evaluation.timing import mean_of_medians
-from newllm.settings import DataSettings, RunSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, RunSettings
 
 Progress = Callable[[str], None]
 Row = dict[str, Any]

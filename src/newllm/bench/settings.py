@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from newllm.bench.rivals import NAMES, Rival
-from newllm.settings import Precision, UserError, nearest
+from newllm.errors import UserError, nearest
+from newllm.settings import Precision
 
 
 @dataclass(kw_only=True)

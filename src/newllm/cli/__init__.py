@@ -13,7 +13,7 @@ from importlib import import_module
 
 from newllm import __version__
 from newllm.cli.registry import COMMANDS
-from newllm.settings import UserError, nearest
+from newllm.errors import UserError, nearest
 
 for _module in ("models", "memory", "data", "bench", "vintix"):  # in the order of `newllm --help`
     import_module(f"{__name__}.{_module}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from newllm.cli.registry import command
-from newllm.settings import DataSettings, RunSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, RunSettings
 
 if TYPE_CHECKING:
     from newllm.commands.flags import Parser

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from newllm.cli.registry import PLACE, command
-from newllm.settings import DataSettings, EvaluationSettings, ExperimentSettings, RunSettings, ShapeSettings, resolve
+from newllm.resolution import resolve
+from newllm.settings import DataSettings, EvaluationSettings, ExperimentSettings, RunSettings, ShapeSettings
 
 if TYPE_CHECKING:
     from newllm.commands.flags import Parser

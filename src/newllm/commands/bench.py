@@ -19,8 +19,8 @@ from newllm.bench.memory import bench_memory
 from newllm.bench.reading import bench_reading
 from newllm.bench.settings import DecodeBench, GrowthBench, MemoryBench, ReadingBench, TrainBench
 from newllm.bench.train import bench_train
+from newllm.errors import UserError
 from newllm.evaluation.processes import WorkerError
-from newllm.settings import UserError
 
 # Columns of the printed table where the output is no terminal that has a width of its own.
 TABLE_WIDTH = 100

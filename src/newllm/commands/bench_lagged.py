@@ -13,10 +13,10 @@ from rich.table import Table
 from newllm.bench.lagged import bench_lagged
 from newllm.bench.lagged_settings import LaggedBench
 from newllm.commands.bench import TABLE_WIDTH
+from newllm.errors import UserError
 from newllm.evaluation.processes import WorkerError
 from newllm.experiments.figures import figure, number
 from newllm.experiments.statistics import estimate
-from newllm.settings import UserError
 
 
 def run(settings: LaggedBench) -> dict[str, Any]:

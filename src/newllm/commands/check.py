@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 
 VERDICTS = {True: "ok", False: "FAILED", None: "-"}
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from newllm.commands.folders import model_folder, open_model, plugin_of, run_config
-from newllm.settings import RunSettings, UserError, nearest, resolve
+from newllm.errors import UserError, nearest
+from newllm.resolution import resolve
+from newllm.settings import RunSettings
 
 TASKS = ["perplexity", "recall", "reversal", "recurrence", "efficiency"]
 SPLITS = ["validation", "test"]

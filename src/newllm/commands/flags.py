@@ -22,20 +22,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from newllm.settings import (
-    BUDGET,
-    CONFIGS_FOLDER,
-    SCALES_FOLDER,
-    CommonSettings,
-    ExperimentSettings,
-    RunSettings,
-    UserError,
-    check_values,
-    load_scale,
-    nearest,
-    scale_names,
-    user_path,
-)
+from newllm.errors import UserError, nearest
+from newllm.paths import user_path
+from newllm.resolution import SCALES_FOLDER, check_values, load_scale, scale_names
+from newllm.settings import BUDGET, CONFIGS_FOLDER, CommonSettings, ExperimentSettings, RunSettings
 
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 LONGEST_VALUE = 60  # characters of a wrong value that a complaint repeats

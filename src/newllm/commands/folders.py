@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm.commands.flags import check_config, read_yaml
-from newllm.settings import RunSettings, UserError, resolve
+from newllm.errors import UserError
+from newllm.resolution import resolve
+from newllm.settings import RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

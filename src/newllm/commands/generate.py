@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from newllm.commands.folders import open_model
-from newllm.settings import RunSettings, UserError
+from newllm.errors import UserError
+from newllm.settings import RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from newllm.commands.folders import open_model, run_config
 from newllm.commands.generate import GenerateSettings, check_sampling, continue_text, read_prompt
-from newllm.settings import RunSettings, UserError
+from newllm.errors import UserError
+from newllm.settings import RunSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

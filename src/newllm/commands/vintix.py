@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix.settings import CollectSettings, VintixBench, VintixRun, VintixSettings
 
 if TYPE_CHECKING:

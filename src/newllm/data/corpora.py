@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from newllm.data import hub
-from newllm.settings import HUB, DataSettings, UserError, corpus_name, nearest, user_path
+from newllm.errors import UserError, nearest
+from newllm.paths import user_path
+from newllm.settings import HUB, DataSettings, corpus_name
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 READ_BYTES = 1 << 20

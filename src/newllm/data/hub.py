@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from newllm.settings import UserError, user_path
+from newllm.errors import UserError
+from newllm.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

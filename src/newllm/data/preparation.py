@@ -22,7 +22,10 @@ from newllm.data.overlap import NGRAM_WORDS, overlap_shares
 from newllm.data.splits import SPLITS, Spool, split_documents
 from newllm.data.tokenizer import check_vocab_size, load_tokenizer, train_bpe
 from newllm.data.tokens import TokenFile, read_tokens, write_tokens
-from newllm.settings import PILE_TOKENIZER, DataSettings, UserError, cache_folder, load_scale
+from newllm.errors import UserError
+from newllm.paths import cache_folder
+from newllm.resolution import load_scale
+from newllm.settings import PILE_TOKENIZER, DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from newllm.data.windows import TaskDataset
+from newllm.errors import UserError
 from newllm.ops.loss import IGNORED
-from newllm.settings import CommonSettings, UserError
+from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

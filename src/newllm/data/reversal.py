@@ -27,7 +27,8 @@ from torch import Tensor
 
 from newllm.data.recall import END, encode
 from newllm.data.windows import TaskDataset
-from newllm.settings import CommonSettings, UserError
+from newllm.errors import UserError
+from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
     from newllm.data.preparation import PreparedData

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from newllm.data.corpora import Corpus, Document
-from newllm.settings import UserError
+from newllm.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 

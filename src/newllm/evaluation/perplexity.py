@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from newllm.errors import UserError
 from newllm.evaluation.reading import as_measured
 from newllm.models.recurrent import RecurrentLM
-from newllm.settings import CommonSettings, UserError
+from newllm.settings import CommonSettings
 
 if TYPE_CHECKING:
     from newllm.data import TokenFile

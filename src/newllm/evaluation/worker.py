@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from newllm.devices import set_threads
+from newllm.errors import UserError
 from newllm.evaluation.cache_size import cache_bytes
 from newllm.evaluation.process_memory import peak_bytes
 from newllm.evaluation.timing import repeat
 from newllm.models import create_model, load_model, load_plugin
-from newllm.settings import UserError
 
 if TYPE_CHECKING:
     from newllm.evaluation.lagged_work import LaggedSteps

@@ -25,6 +25,7 @@ from newllm.data import prepare
 from newllm.data.recall import RecallDataset
 from newllm.data.reversal import ReversalTask
 from newllm.devices import machine_info, resolve_device, set_threads
+from newllm.errors import UserError
 from newllm.evaluation.efficiency import KEYS as EFFICIENCY
 from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
@@ -34,7 +35,8 @@ from newllm.experiments.results import FILE_NAME, Results, read_results, write_r
 from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.experiments.terminal import print_table
 from newllm.models import check_model_spec, load_plugin
-from newllm.settings import BUDGET, CONFIGS_FOLDER, ExperimentSettings, RunSettings, UserError, resolve
+from newllm.resolution import resolve
+from newllm.settings import BUDGET, CONFIGS_FOLDER, ExperimentSettings, RunSettings
 from newllm.training import check_loggers, check_suitability, new_model
 from newllm.training.checkpoints import (
     ERROR_FILE,

@@ -23,10 +23,11 @@ import psutil
 import torch
 
 from newllm.devices import resolve_device
+from newllm.errors import UserError
 from newllm.evaluation.processes import cause_of_death
 from newllm.experiments.progress import Display, RunLine
 from newllm.experiments.run import RunError, finish_run
-from newllm.settings import ExperimentSettings, RunSettings, UserError
+from newllm.settings import ExperimentSettings, RunSettings
 from newllm.training.callbacks import TrainProgress
 from newllm.training.checkpoints import ERROR_FILE, read_result
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.training.checkpoints import write_whole
 
 FILE_NAME = "results.json"

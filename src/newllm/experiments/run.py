@@ -6,8 +6,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from newllm.errors import UserError
 from newllm.experiments.rows import make_row
-from newllm.settings import RunSettings, UserError
+from newllm.settings import RunSettings
 from newllm.training import train
 from newllm.training.callbacks import TrainProgress
 from newllm.training.checkpoints import ERROR_FILE, claim_run_folder, read_result, write_result

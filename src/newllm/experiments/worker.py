@@ -61,9 +61,10 @@ def work(commands: queue.SimpleQueue[dict[str, Any]], reporter: Reporter) -> Non
     import torch
 
     from newllm.data.preparation import load_prepared
+    from newllm.errors import UserError
     from newllm.experiments.run import error_line, finish_run
     from newllm.models import load_plugin
-    from newllm.settings import RunSettings, UserError
+    from newllm.settings import RunSettings
 
     shared = commands.get()
     torch.set_num_threads(shared["threads"])

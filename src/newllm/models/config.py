@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from newllm.errors import UserError, nearest
 from newllm.models.cache import check_precision
-from newllm.settings import UserError, nearest
 
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 # What Hugging Face writes into config.json beside the fields.

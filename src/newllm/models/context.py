@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
+from newllm.errors import UserError
 from newllm.models.cache import LMCache, RecurrentState
 from newllm.models.config import LMConfig
 from newllm.models.layers.context import ContextLayer
 from newllm.models.linear import Linear
 from newllm.models.recurrent import RecurrentLM
 from newllm.models.transformer import TransformerLM, register_architecture
-from newllm.settings import UserError
 
 
 class ContextVectorConfig(LMConfig):

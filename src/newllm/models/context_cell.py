@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 
+from newllm.errors import UserError, nearest
 from newllm.models.linear import Linear
 from newllm.ops.scan import linear_scan
-from newllm.settings import UserError, nearest
 
 GATES = {"none": 0, "update": 1, "update_forget": 2, "input": 1}
 """Their names, and how many each number of a context has."""

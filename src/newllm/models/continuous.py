@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from newllm.errors import UserError
 from newllm.models.config import LMConfig
 from newllm.models.linear import Linear
 from newllm.models.passes import ManyPassesLM, Projection, check_choice, check_count, check_switch, normalised
 from newllm.models.recurrent import RecurrentLM, lag
 from newllm.models.transformer import register_architecture
 from newllm.ops.loss import IGNORED
-from newllm.settings import UserError
 
 MODES = ("discrete", "continuous")
 INPUTS = ("replace", "fuse")

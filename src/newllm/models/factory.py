@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
+from newllm.errors import UserError, nearest
 from newllm.models.config import LMConfig
 from newllm.models.layers.base import LAYER_TYPES, PLUGIN_PRESETS, PRESETS_FOLDER, layer_type
 from newllm.models.transformer import ARCHITECTURES, TransformerLM
-from newllm.settings import UserError, nearest, user_path
+from newllm.paths import user_path
 
 
 def register_preset(name: str, layers: list[dict[str, Any]], about: str = "") -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from newllm.errors import UserError
 from newllm.models.factory import model_config
 from newllm.models.transformer import TransformerLM
-from newllm.settings import UserError
 
 # Our name → theirs, in each layer; qkv differs in its row order and is converted apart.
 _LAYER = {

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from newllm.errors import UserError
 from newllm.models.cache import LMCache, MemoryState
 from newllm.models.layers.base import layer_type
 from newllm.models.layers.compressive import CompressiveLayer
-from newllm.settings import UserError
 
 MemoryTensors = dict[str, Tensor]
 MOST_SEGMENTS = 10**15  # more than anybody reads, and far from the end of int64

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from newllm import __version__
+from newllm.errors import UserError
 from newllm.models.memory import MemoryTensors, count_rows
-from newllm.settings import UserError
 
 if TYPE_CHECKING:
     from newllm.models import TransformerLM

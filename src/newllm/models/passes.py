@@ -8,10 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from newllm.errors import UserError
 from newllm.models.cache import LMCache
 from newllm.models.linear import Linear
 from newllm.models.transformer import TransformerLM
-from newllm.settings import UserError
 
 
 class Projection(Linear):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from newllm.settings import UserError, nearest
+from newllm.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

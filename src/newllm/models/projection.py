@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
+from newllm.errors import UserError, nearest
 from newllm.models.cache import RecurrentState
 from newllm.models.config import LMConfig
 from newllm.models.layers.v_dproj import head_size
 from newllm.models.recurrent import RecurrentLM
 from newllm.models.transformer import register_architecture
-from newllm.settings import UserError, nearest
 
 CELLS = ("diverse", "random", "learned")
 WEIGHT_STD, BIAS_STD = 0.1, 0.01  # initial values of the cell, part of its definition

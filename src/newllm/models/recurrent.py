@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from newllm.errors import UserError
 from newllm.models.cache import LMCache, RecurrentState
 from newllm.models.transformer import TransformerLM
-from newllm.settings import UserError
 
 
 class RecurrentLM(TransformerLM):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from newllm.errors import UserError
 from newllm.models.config import LMConfig
 from newllm.models.linear import Linear
 from newllm.models.passes import ManyPassesLM, Projection, check_count, check_switch
 from newllm.models.transformer import TransformerLM, register_architecture
 from newllm.ops.loss import IGNORED, linear_cross_entropy
-from newllm.settings import UserError
 
 FORWARD = inspect.signature(TransformerLM.forward)
 READ = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")

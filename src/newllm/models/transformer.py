@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from newllm.errors import UserError
 from newllm.models.cache import LMCache, adopt
 from newllm.models.config import LMConfig
 from newllm.models.layers.base import Layer, create_layer
@@ -18,7 +19,6 @@ from newllm.models.linear import Linear
 from newllm.models.memory import HoldsMemory
 from newllm.models.reconstruction import Reconstruction
 from newllm.ops.loss import IGNORED, linear_cross_entropy
-from newllm.settings import UserError
 
 
 class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):

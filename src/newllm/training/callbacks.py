@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from newllm.settings import RunSettings, UserError
+from newllm.errors import UserError
+from newllm.settings import RunSettings
 from newllm.training.checkpoints import write_whole
 
 LOG_POINTS, LONGEST_LOG_WINDOW = 100, 25  # points of a loss curve, and the most steps one of them averages

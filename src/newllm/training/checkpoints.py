@@ -20,7 +20,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from newllm.settings import RunSettings, UserError, to_yaml
+from newllm.errors import UserError
+from newllm.settings import RunSettings, to_yaml
 
 INCOMPLETE = ".incomplete"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -21,7 +21,7 @@ from safetensors.torch import save_model as save_weights
 from transformers import DefaultFlowCallback, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from newllm.devices import autocast, resolve_device
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.training.callbacks import ScheduledFlow
 from newllm.training.checkpoints import (
     checkpoint_folder,

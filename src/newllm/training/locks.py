@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.training.checkpoints import explaining_full_disk
 
 SUFFIX = ".newllm-lock"

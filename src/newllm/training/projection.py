@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from newllm.devices import autocast, resolve_device, resolve_precision
+from newllm.errors import UserError
 from newllm.models.projection import DProjLM, effective_rank, oacd_loss
 from newllm.models.recurrent import lag
-from newllm.settings import RunSettings, UserError
+from newllm.settings import RunSettings
 from newllm.training.callbacks import TrainProgress
 from newllm.training.checkpoints import (
     checkpoint_folder,

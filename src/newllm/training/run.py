@@ -19,10 +19,11 @@ import transformers
 from newllm.data.tasks import TASKS, WithTasks, stack_windows, task_shares, training_tasks
 from newllm.data.windows import StreamDataset, TaskDataset, WindowDataset
 from newllm.devices import set_threads
+from newllm.errors import UserError
 from newllm.models import TransformerLM, create_model
 from newllm.models.projection import DProjLM
 from newllm.models.reconstruction import Reconstruction
-from newllm.settings import CommonSettings, RunSettings, UserError
+from newllm.settings import CommonSettings, RunSettings
 from newllm.training.callbacks import MetricsCallback, ProgressCallback, Schedule, TrainProgress
 from newllm.training.checkpoints import (
     claim_run_folder,

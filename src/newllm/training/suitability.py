@@ -7,12 +7,13 @@ import os
 import torch
 
 from newllm.data.tasks import task_shares
+from newllm.errors import UserError
 from newllm.models import TransformerLM, create_model
 from newllm.models.cache import TokenState
 from newllm.models.layers import Layer
 from newllm.models.memory import layers_with_memories
 from newllm.models.recurrent import RecurrentLM
-from newllm.settings import CommonSettings, UserError
+from newllm.settings import CommonSettings
 
 
 def check_suitability(settings: CommonSettings, models: list[str]) -> None:

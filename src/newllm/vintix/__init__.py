@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 
 
 def require(module: str) -> ModuleType:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix import require
 from newllm.vintix.data import FORMAT, METADATA, History, read_metadata, write_history
 from newllm.vintix.environments import SPLITS, Policy, TaskFamily, task_family

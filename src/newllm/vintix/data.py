@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix import require
 
 METADATA = "metadata.json"

@@ -13,7 +13,7 @@ import numpy as np
 import transformers
 
 from newllm.devices import machine_info, resolve_device, set_threads
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.training.checkpoints import write_whole
 from newllm.vintix.environments import from_spec
 from newllm.vintix.inference import VintixEngine

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.vintix.model import VintixModel
 
 

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from newllm.errors import UserError, nearest
 from newllm.models.config import BOOKKEEPING
 from newllm.models.linear import Linear
 from newllm.models.positions import AlibiPosition
 from newllm.ops.attention import additive_mask, causal_attention
-from newllm.settings import UserError, nearest
 
 REWARD_WIDTH = 2  # features of a reward; observation and action share the rest of the width
 WRITTEN_BY_THE_TRAINER = "use_cache"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.training.checkpoints import read_result
 from newllm.vintix.settings import VintixRun, training_fields
 

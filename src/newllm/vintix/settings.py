@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from newllm.settings import Precision, UserError, check_seeds
+from newllm.errors import UserError
+from newllm.resolution import check_seeds
+from newllm.settings import Precision
 
 CONFIGS_FOLDER = Path(__file__).parent / "configs"
 SEEDS = 2**31

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from newllm.devices import resolve_precision
-from newllm.settings import UserError
+from newllm.errors import UserError
 from newllm.training.callbacks import MetricsCallback, Schedule, ScheduledFlow
 from newllm.training.exact import ExactTrainer, common_arguments
 from newllm.vintix.model import VintixModel

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from newllm.errors import UserError
 from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
 from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.report import facts, findings, words
@@ -21,7 +22,6 @@ from newllm.experiments.report.reversal import reversal_plots, reversal_section
 from newllm.experiments.report.selective import selective_section
 from newllm.experiments.results import FILE_NAME, Results, read_results
 from newllm.experiments.summary import ModelSummary, best_models, decimals, ranked, summarise
-from newllm.settings import UserError
 
 
 def write_report(folder: Path) -> Path:

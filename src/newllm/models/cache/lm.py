@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache
 
+from newllm.errors import UserError
 from newllm.models.cache.state import LayerState, check_precision
-from newllm.settings import UserError
 
 
 class LMCache(Cache):

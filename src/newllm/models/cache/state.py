@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from newllm.errors import nearest
 from newllm.ops.quantize import BITS
-from newllm.settings import nearest
 
 PRECISIONS = ("model", *BITS)
 

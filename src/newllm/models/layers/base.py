@@ -10,9 +10,9 @@ from typing import Any, ClassVar, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from newllm.errors import UserError, nearest
 from newllm.models.cache import LayerState
 from newllm.models.linear import Linear
-from newllm.settings import UserError, nearest
 
 LAYER_TYPES: dict[str, type[Layer]] = {}
 PRESETS_FOLDER = Path(__file__).parents[1] / "presets"

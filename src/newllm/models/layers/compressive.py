@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from newllm.errors import UserError, nearest
 from newllm.models.cache import MemoryState
 from newllm.models.layers.base import MLP, Layer
 from newllm.models.linear import Linear
@@ -19,7 +20,6 @@ from newllm.models.segment_attention import LOCAL, SegmentAttention
 from newllm.ops import reference
 from newllm.ops.linear_attention import feature_map
 from newllm.ops.memory import Found, read, read_segments, write
-from newllm.settings import UserError, nearest
 
 MEMORY_GRAD = ("through", "detach")
 

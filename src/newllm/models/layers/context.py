@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 
+from newllm.errors import UserError
 from newllm.models.cache import RecurrentState
 from newllm.models.context_cell import SCALES, ContextCell, scales_of
 from newllm.models.layers.base import MLP, Layer, register_layer
 from newllm.models.linear import Linear
-from newllm.settings import UserError
 
 
 @register_layer("context")

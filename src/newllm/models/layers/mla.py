@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from newllm.errors import UserError, nearest
 from newllm.models.cache import LatentState
 from newllm.models.layers.base import MLP, Layer, register_layer
 from newllm.models.linear import Linear
 from newllm.models.positions import RotaryPosition, create_position, position_spec
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
-from newllm.settings import UserError, nearest
 
 PATHS = ("auto", "absorbed", "materialised")
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from newllm.errors import UserError, nearest
 from newllm.models.layers.base import register_layer
 from newllm.models.layers.pythia import PythiaLayer, into_heads
 from newllm.models.linear import Linear
 from newllm.models.positions import RotaryPosition
 from newllm.ops import reference
-from newllm.settings import UserError, nearest
 
 RESTORE = ("none", "end_to_end", "two_phase")
 

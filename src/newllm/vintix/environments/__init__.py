@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from newllm.settings import nearest
+from newllm.errors import nearest
 from newllm.vintix import require
 from newllm.vintix.settings import CollectSettings
 

@@ -1,0 +1,27 @@
+"""Paths as users type them, and the folder for what is made once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def user_path(name: str) -> Path:
+    """A path as it was typed, `~` and `~user` replaced; a file whose own name begins with ~ is taken as it is."""
+    path = Path(name)
+    if not path.exists():
+        with contextlib.suppress(RuntimeError):  # no such user
+            path = path.expanduser()
+    return path
+
+
+def spelt_alike(name: str) -> str:
+    """What a path is called wherever it is given from: its last part. A name that is no path stays as it is."""
+    path = user_path(name)
+    return path.resolve().name if path.exists() else name
+
+
+def cache_folder(chosen: str | None = None) -> Path:
+    """For tokenizers, token files and compiled kernels: `chosen`, else $NEWLLM_CACHE, else ~/.cache/newllm."""
+    return user_path(chosen or os.environ.get("NEWLLM_CACHE") or "~/.cache/newllm")
