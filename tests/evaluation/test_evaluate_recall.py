@@ -104,6 +104,13 @@ def test_an_untrained_model_guesses_and_its_cache_is_measured(data):
     assert evaluate_recall(model, data, values) == result
 
 
+def test_a_model_that_has_come_apart_is_measured_all_the_same(data):
+    model = model_of(data)
+    with torch.no_grad():
+        model.head.weight *= 1e6
+    assert evaluate_recall(model, data, settings())["distances"][0]["answer_ppl"] == math.inf
+
+
 def test_the_example_is_a_window_in_pieces(data):
     pieces = evaluate_recall(model_of(data), data, settings())["example"]
     assert {kind for kind, _ in pieces} == {"text", "fact", "other fact", "question", "answer"}

@@ -251,6 +251,18 @@ def test_newllm_evaluate_asks_any_model_folder(data, text, tmp_path, capsys):
     assert any("fewer than 95% are answered forward" in line for line in printed)
 
 
+def test_a_model_that_has_come_apart_is_measured_all_the_same(data, capsys):
+    """Where exp leaves float64; a comparison would lose the run, and the last line would be no JSON."""
+    model = model_of(data)
+    with torch.no_grad():
+        model.head.weight *= 1e6
+    result = evaluate_reversal(model, data, settings())
+    assert result["forward_ppl"] == math.inf
+    command.print_results({"reversal": result})
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=lambda name: pytest.fail(name))
+    assert printed["reversal"]["forward_ppl"] is None
+
+
 def test_a_comparison_measures_what_it_trains_on(text, data, tmp_path):
     budget = {
         "seq_length": 64,

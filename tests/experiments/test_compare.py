@@ -20,6 +20,7 @@ from newllm.errors import UserError
 from newllm.evaluation.perplexity import evaluate
 from newllm.experiments import run
 from newllm.experiments.compare import command, compare, resolve_out, run_folder
+from newllm.experiments.figures import NO_BREAK
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.resolution import resolve
@@ -256,6 +257,19 @@ def test_a_run_whose_perplexity_was_infinite_is_taken_over(text, finished, tmp_p
     settings = tiny(text, tmp_path / "out", models=["pythia", "mqa"], reuse=[str(tmp_path)])
     rows = read_results(compare(settings).parent)["rows"]
     assert [(row["test_ppl"], bool(row["reused"])) for row in rows] == [(None, True)] * 2
+
+
+def test_a_seed_that_comes_apart_does_not_cost_the_others_their_table(text, tmp_path, monkeypatch, capsys):
+    make_row = run.make_row
+
+    def one_infinite(settings, *rest):
+        return make_row(settings, *rest) | ({"test_ppl": math.inf} if settings.seed == 1 else {})
+
+    monkeypatch.setattr(run, "make_row", one_infinite)
+    out = compare(tiny(text, tmp_path / "out", models=["mqa"], seeds=[0, 1, 2], jobs=1)).parent
+    finite = [row["test_ppl"] for row in read_results(out)["rows"] if row["test_ppl"] is not None]
+    assert len(finite) == 2
+    assert f"{sum(finite) / 2:.1f}{NO_BREAK}±" in capsys.readouterr().out
 
 
 def test_runs_on_another_text_are_not_taken_over(text, finished, tmp_path):

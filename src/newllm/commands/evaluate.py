@@ -9,6 +9,7 @@ from typing import Any
 
 from newllm.commands.folders import model_folder, open_model, plugin_of, run_config
 from newllm.errors import UserError, nearest
+from newllm.experiments.results import finite
 from newllm.resolution import resolve
 from newllm.settings import RunSettings
 
@@ -124,7 +125,7 @@ def print_results(results: dict[str, Any]) -> None:
         print_recurrence(results["recurrence"])
     for key, value in results.get("efficiency", {}).items():
         print(f"  {key:40} {value}")
-    print(json.dumps(results))
+    print(json.dumps(finite(results), allow_nan=False))
 
 
 def print_precisions(split: str, rows: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from newllm.data.recall import RecallTask, RecallWindow
 from newllm.evaluation.cache_size import cache_bytes
+from newllm.evaluation.perplexity import perplexity
 from newllm.evaluation.reading import as_measured
 from newllm.models.cache import LMCache, MemoryState
 from newllm.models.memory import layers_with_memories
@@ -100,7 +101,7 @@ def _at_distance(model: TransformerLM, task: RecallTask, distance: int, settings
         "beyond_training": length > settings.seq_length,  # type: ignore[operator]
         "windows": len(windows),
         **accuracies["at once"],
-        "answer_ppl": math.exp(float(torch.cat(nats).mean())),
+        "answer_ppl": perplexity(float(torch.cat(nats).mean())),
         "cached_accuracy": accuracies["cached"]["accuracy"]["value"],
         "state_bytes": state_bytes,
         **{name: accuracies[name] for name in knock_outs},

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from newllm.data.reversal import DIRECTIONS, GROUPS, Kind, Pair, ReversalTask, Sentence
+from newllm.evaluation.perplexity import perplexity
 from newllm.evaluation.reading import as_measured
 from newllm.evaluation.recall import Z, wilson
 from newllm.ops.loss import linear_cross_entropy
@@ -120,10 +121,11 @@ class Answers:
     exact: np.ndarray  # (Q,) bool: whether greedy decoding gives the answer
 
     def sentence_ppl(self, places: np.ndarray) -> float:
-        return math.exp(np.concatenate([self.nats[i] for i in places]).mean())
+        return perplexity(float(np.concatenate([self.nats[i] for i in places]).mean()))
 
     def answer_ppl(self, places: np.ndarray) -> float:
-        return math.exp(np.concatenate([self.nats[i][len(self.asked[i].sentence.prompt) :] for i in places]).mean())
+        nats = [self.nats[i][len(self.asked[i].sentence.prompt) :] for i in places]
+        return perplexity(float(np.concatenate(nats).mean()))
 
 
 def _ask(model: TransformerLM, task: ReversalTask, asked: list[Question], settings: CommonSettings) -> Answers:

@@ -31,7 +31,7 @@ from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
-from newllm.experiments.results import FILE_NAME, Results, read_results, write_results
+from newllm.experiments.results import FILE_NAME, Results, finite, read_results, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.experiments.terminal import print_table
 from newllm.models import check_model_spec, load_plugin
@@ -209,8 +209,8 @@ class Comparison:
         self.write()
 
     def _add_row(self, index: int, run: RunSettings, row: dict[str, Any], remark: str = "") -> None:
-        self.row_of[index] = row
-        ppl = math.inf if row["test_ppl"] is None else row["test_ppl"]  # JSON has no infinity
+        self.row_of[index] = row = finite(row)  # as results.json has it: null where a run has come apart
+        ppl = math.inf if row["test_ppl"] is None else row["test_ppl"]
         self.display.say(
             f"{self.display.label(index, run)}: test perplexity {ppl:.2f}, {row['tokens']:,} tokens "
             f"in {duration(row['seconds'])}{'' if row['valid'] else ', INVALID: it fails a check'}{remark}"

@@ -55,16 +55,16 @@ def write_results(folder: Path, results: Results) -> Path:
     """Writes results.json so that a reader sees the old file or the new one, never half of one."""
     path = folder / FILE_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(_finite(results), indent=1, allow_nan=False, ensure_ascii=False))
+    write_whole(path, json.dumps(finite(results), indent=1, allow_nan=False, ensure_ascii=False))
     return path
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows neither infinity nor NaN (a diverged run has them): they become null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
