@@ -70,14 +70,14 @@ def check_model(model: TransformerLM, tokens: int = 160) -> list[CheckResult]:
 
 
 def check_as_trained(model: TransformerLM, tokens: int, precision: Precision) -> list[CheckResult]:
-    """'future' and 'rows' once more, as the model was trained and its perplexity is measured.
+    """'finite', 'future' and 'rows' once more, as the model was trained and its perplexity is measured.
 
     Args:
         tokens: as long as the longest window a perplexity is taken in, so that no boundary within it is missed.
         precision: that of training.
     """
     subject = Subject(model, _ids(model, tokens), TOLERANCE[torch.bfloat16])
-    results = _run(subject, {name: (CHECKS[name][0], ()) for name in ("future", "rows")}, precision)
+    results = _run(subject, {name: CHECKS[name] for name in ("finite", "future", "rows")}, precision)
     return [CheckResult(f"{result.name}, as trained", result.passed, result.detail) for result in results]
 
 
