@@ -345,6 +345,10 @@ CASES = {
         "--cache-precision belongs to the perplexity task",
     ),
     "stride without context": (lambda p: ["evaluate", p.run(), "--sliding-stride", "16"], "--sliding-stride 16"),
+    "another split of the text trained on": (
+        lambda p: ["evaluate", p.run_of(f"data: {p.texts()}"), "--test-share", "0.5"],
+        "another split holds out what it has read: leave it as it was, or give other text with --data",
+    ),
     "empty prompt": (["generate", "gqa", "--prompt", ""], "the prompt is empty"),
     "prompt not UTF-8": (["generate", "gqa"], "standard input is not UTF-8"),
     "negative temperature": (["generate", "gqa", "--prompt", "a", "--temperature", "-1"], "--temperature is -1.0"),
