@@ -30,8 +30,10 @@ def ngram_hashes(text: str) -> np.ndarray:
     return hashes
 
 
-def overlap_shares(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> dict[str, float]:
-    """For each held-out split, the share of its distinct n-grams that occur in the training texts; 0 where it has none.
+def overlap_shares(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> dict[str, float | None]:
+    """For each held-out split, the share of its distinct n-grams that occur in the training texts.
+
+    None where it has no n-gram, all its documents being shorter: that says nothing about what they share.
 
     Memory is bounded by the held-out n-grams; the training texts pass by one at a time.
     """
@@ -42,7 +44,7 @@ def overlap_shares(train: Iterable[str], held_out: dict[str, Iterable[str]]) -> 
             if len(sample):
                 position = np.minimum(np.searchsorted(sample, hashes), len(sample) - 1)
                 found[name][position[sample[position] == hashes]] = True
-    return {name: float(hits.mean()) if len(hits) else 0.0 for name, hits in found.items()}
+    return {name: float(hits.mean()) if len(hits) else None for name, hits in found.items()}
 
 
 def _hashes(texts: Iterable[str]) -> Iterator[np.ndarray]:

@@ -227,7 +227,8 @@ def describe(data: PreparedData) -> list[tuple[str, str]]:
         rows.append((split, f"{documents}, {size}"))
     for split in SPLITS[1:]:
         share, words = info["overlap"][split], info["overlap"]["ngram_words"]
-        rows.append((f"overlap of {split}", f"{share:.2%} of its {words}-word sequences occur in train"))
+        found = f"{share:.2%} of its {words}-word sequences occur in train"
+        rows.append((f"overlap of {split}", f"not known: it has no {words}-word sequence" if share is None else found))
     return [*rows, ("cached in", str(data.tokenizer_dir.parent))]
 
 
