@@ -156,6 +156,9 @@ def test_every_column_is_explained_and_prints_sensible_decimals(column):
         (lambda r: r["rows"][0].update(curve=[3]), "item 0 of 'curve' must be an object, not int"),
         (lambda r: r["failed"].append({"model": "x"}), "failed run 1 has no 'seed'"),
         (lambda r: r.update(settings=[]), "'settings' = .* must be an object"),
+        (lambda r: r["rows"].append(r["rows"][1]), r"row 6 \(pythia_alibi, seed 0\) is the same run as row 1"),
+        (lambda r: r["rows"][0].update(memories={"ppl": 60.0}), r"row 0 .*: 'memories' has no 'closed_ppl'"),
+        (lambda r: r["rows"][0].update(reused={"from": "x"}), r"'reused' has no 'created'"),
     ],
 )
 def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, change, message):
@@ -178,9 +181,10 @@ def test_missing_truncated_and_foreign_files(tmp_path):
     path.write_text(json.dumps([1, 2]))
     with pytest.raises(UserError, match="must be an object, not list"):
         read_results(tmp_path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="is not text"):
-        read_results(tmp_path)
+    for content in (b"\xff\xfe\x00", b"[" * 100_000, b'{"rows": ' + b"1" * 5_000 + b"}"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is not text that a comparison has written"):
+            read_results(tmp_path)
 
 
 @pytest.mark.parametrize(("seeds", "models"), [(1, 1), (3, 6), (5, 15)])

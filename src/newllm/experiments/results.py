@@ -48,6 +48,17 @@ ITEM_FIELDS = {
     "ppl_by_position": {"from": NUMBER, "to": NUMBER},
     "curve": {"tokens": NUMBER},
 }
+RECORD_KEYS = {
+    "recall_across_segments": ("segment", "facts", "answers", "chance", "chance_among_told", "distances", "example"),
+    "reversal": ("pairs", "kinds", "left_out", "needed", "told", "readings", "groups", "example", "ratio", "gap"),
+    "recurrence": ("ppl", "passes"),
+    "selective": ("ppl", "weighted_ppl", "weight", "max_skip", "passes"),
+    "memories": ("ppl", "closed_ppl", "fine_closed_ppl", "layers"),
+    "projection": ("tokens", "iterations", "converged", "curve", "before", "after", "size"),
+    "reconstruction": ("tokens",),
+    "reused": ("from", "created", "version", "machine"),
+}
+"""What a report reads of a record."""
 FAILED_FIELDS = {"model": TEXT, "seed": NUMBER, "error": TEXT}
 
 
@@ -80,15 +91,23 @@ def read_results(folder: Path) -> Results:
             f"{path} is not valid JSON ({error.msg.lower()} at line {error.lineno}), perhaps cut off: "
             "move it and its reports away and start the compare command again, finished runs are kept"
         ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text: give a results.json written by `newllm compare`") from error
+    except (ValueError, RecursionError) as error:  # other bytes, a number of thousands of digits, brackets without end
+        raise UserError(
+            f"{path} is not text that a comparison has written: give a results.json written by `newllm compare`"
+        ) from error
     _check_fields(results, TOP_FIELDS, f"{path} is not a result of `newllm compare`: the file")
+    seen: dict[tuple[str, float], int] = {}
     for index, row in enumerate(results["rows"]):
         where = f"{path}: row {index}"
         _check_fields(row, ROW_FIELDS, where)
         where += f" ({row['model']}, seed {row['seed']})"
+        if (first := seen.setdefault((row["model"], row["seed"]), index)) != index:
+            raise UserError(f"{where} is the same run as row {first}: keep one of them")
         given = {key: kind for key, kind in NULLABLE_ROW_FIELDS.items() if row.get(key) is not None}
         _check_fields(row, given, where)
+        for key, keys in RECORD_KEYS.items():
+            if missing := [name for name in keys if row.get(key) and name not in row[key]]:
+                raise UserError(f"{where}: '{key}' has no '{missing[0]}'")
         for key, fields in ITEM_FIELDS.items():
             for number, item in enumerate(row.get(key) or []):
                 _check_fields(item, fields, f"{where}: item {number} of '{key}'")
