@@ -240,6 +240,15 @@ def test_a_model_that_has_failed_stands_at_the_edge_of_the_plots():
         } == {next(i for i, summary in enumerate(summaries) if summary.model == "gqa")}
 
 
+def test_no_line_leads_to_a_baseline_that_is_beyond_the_plot():
+    results = make_results()
+    assert plots.perplexity_plot(summarise(results))["layout"]["shapes"]
+    for row in results["rows"]:
+        if row["model"] == "pythia":
+            row["test_ppl"] = 2252.0
+    assert not plots.perplexity_plot(summarise(results))["layout"]["shapes"]
+
+
 def test_a_seed_that_has_come_apart_is_told():
     results = make_results()
     assert "finite" not in dict(findings.findings(results, summarise(results)))["Quality"]
@@ -258,6 +267,24 @@ def test_a_part_of_the_test_split_is_called_a_part():
     assert dict(facts.facts(results))["Scored"] == "59,990 of 78,900 test tokens (--eval-tokens)"
 
 
+def test_what_differs_or_was_not_measured_is_not_told_as_if_it_were():
+    results = make_results()
+    assert "3,072,000 training tokens each" in facts.short_facts(results)
+    results["rows"][0]["tokens"] = 1_000_000  # stopped early
+    assert "1,000,000 to 3,072,000 training tokens each" in facts.short_facts(results)
+    assert "0.11% of the test split's 13-word sequences" in dict(facts.facts(results))["Text"]
+    results["data"]["overlap"]["test"] = None
+    assert "sequences" not in dict(facts.facts(results))["Text"]
+
+
+def test_a_model_with_memories_that_has_come_apart_is_still_reported(tmp_path):
+    results = make_results(1)
+    layers = [{"layer": 0, "type": "infini", "gates": [0.5], "fine_open": None}]
+    results["rows"][0]["memories"] = {"ppl": None, "closed_ppl": 70.0, "fine_closed_ppl": None, "layers": layers}
+    markdown = report(tmp_path, results).with_suffix(".md").read_text()
+    assert "| pythia | layer 0: 0.50 | — | — | — |" in markdown
+
+
 def test_wording_follows_the_intervals():
     many = make_results()
     assert "lower than the baseline pythia" in findings.headline(many, summarise(many))
@@ -265,6 +292,9 @@ def test_wording_follows_the_intervals():
     assert re.search(r"No difference shown \(the interval includes zero\): gqa \(", quality)
     one = make_results(1)
     assert "in a single run each" in findings.headline(one, summarise(one))
+    many["rows"] = [row for row in many["rows"] if (row["model"], row["seed"]) not in (("pythia", 1), ("pythia", 2))]
+    said = findings.headline(many, summarise(many))
+    assert said.endswith("lower than the baseline pythia, with the one seed they share."), "three seeds against one"
     assert (
         "One seed for each model cannot tell small differences"
         in dict(findings.findings(one, summarise(one)))["How sure"]
@@ -311,6 +341,18 @@ def test_recall_is_told_only_where_it_was_measured(tmp_path):
     assert rows["pythia"][-2].strip() == "—"
     assert "Know: they call Hamlet <ring>." in markdown
     assert "**Recall.** Questions answered 16 segments after the fact: pythia 96 %, gqa 94 % (2 % with its" in markdown
+
+
+def test_a_model_that_keeps_nothing_stands_at_zero_bytes():
+    results = make_results(recall=True)
+    for row in results["rows"]:
+        for entry in (row["recall_across_segments"] or {"distances": []})["distances"]:
+            entry["state_bytes"] *= row["model"] != "mqa"
+    plot = recall_plots(summarise(results))["plot-recall-state"]
+    axis = plot["layout"]["xaxis"]
+    place = dict(zip(axis["ticktext"], axis["tickvals"], strict=True))
+    assert [point["x"][0] for point in plot["data"]] == [2_097_152, 2_097_152, 1_048_576, place["0"]]
+    assert place["0"] == min(place.values())
 
 
 def test_recall_takes_knock_outs_and_intervals_from_what_was_measured():

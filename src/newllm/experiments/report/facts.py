@@ -32,11 +32,11 @@ def facts(results: Results) -> list[tuple[str, str]]:
 def short_facts(results: Results) -> list[str]:
     """Budget, seeds, machine and date in a few words each, for the line under the title."""
     rows = results["rows"]
-    tokens = max((row["tokens"] for row in rows if row.get("tokens")), default=None)
+    tokens = [row["tokens"] for row in rows if row.get("tokens")]
     seeds = len({row["seed"] for row in rows})
     machine = results["machine"]
     return [
-        *([f"{tokens:,} training tokens each"] if tokens else []),
+        *([f"{_span(tokens)} training tokens each"] if tokens else []),
         *([count(seeds, "seed")] if seeds else []),
         *([_processor(machine)] if machine.get("cpu") else []),
         results["created"][:10],
@@ -56,7 +56,7 @@ def _text(results: Results) -> str:
     if data.get("tokenizer"):
         said.append(str(data["tokenizer"]))
     overlap = data.get("overlap") or {}
-    if "test" in overlap:
+    if overlap.get("test") is not None:
         said.append(f"{overlap['test']:.2%} of the test split's {overlap['ngram_words']}-word sequences occur in train")
     return "; ".join(said)
 

@@ -38,7 +38,9 @@ def headline(results: Results, summaries: list[ModelSummary]) -> str:
     gap = percent(difference.percent)
     size = gap.lstrip("+−") + (" lower" if difference.percent.mean < 0 else " higher")
     if difference.absolute.half_width is None:
-        return f"{lead}, {size} than the baseline {results['baseline']}, in a single run each."
+        alone = all(len(s.rows) == 1 for s in summaries if s is best or s.is_baseline)
+        runs = "in a single run each" if alone else "with the one seed they share"
+        return f"{lead}, {size} than the baseline {results['baseline']}, {runs}."
     if difference.verdict == "no difference shown":
         return f"{lead}, but no difference to the baseline {results['baseline']} is shown ({gap})."
     return f"{lead}: {size} than the baseline {results['baseline']}."

@@ -37,5 +37,6 @@ def _gates(entries: tuple[dict[str, Any], ...]) -> str:
 
 def _cost(records: list[dict[str, Any]], key: str) -> str:
     """By how much perplexity rises, in percent."""
-    rise = estimate(100 * (record[key] / record["ppl"] - 1) for record in records if record[key] is not None)
+    finite = [record for record in records if None not in (record[key], record["ppl"])]  # null where it is infinite
+    rise = estimate(100 * (record[key] / record["ppl"] - 1) for record in finite)
     return "—" if rise is None else percent(rise)

@@ -79,7 +79,7 @@ def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
                 trace(model, "seed", list(seeds.values()), [place] * len(seeds), text=per_seed, hoverinfo="text")
             )
         traces.append(trace(model, "mean", [value.mean], [place], error_x=error_bars([value]), hovertemplate=hover))
-    baseline = next((s for s in shown if s.is_baseline), None)
+    baseline = next((s for s in shown if s.is_baseline and s.model not in beyond), None)
     line = [{"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}] if baseline and len(shown) > 1 else []
     for shape in line:
         shape["x0"] = shape["x1"] = baseline.mean(LEAD) if baseline else None

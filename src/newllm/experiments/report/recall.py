@@ -49,6 +49,8 @@ def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
         return {}
     index = {s.model: i for i, s in enumerate(summaries)}
     lines, points = [], []
+    sizes = {s.model: state_bytes(s, distances(s)[-1]) for s in shown}
+    ticks = _ticks(list(sizes.values()))
     for summary in shown:
         model, name = index[summary.model], label(summary.model)
         places = distances(summary)
@@ -68,12 +70,12 @@ def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
             )
         last = accuracy(summary, places[-1])
         assert last is not None
-        size = state_bytes(summary, places[-1])
+        size = sizes[summary.model]
         points.append(
             trace(
                 model,
                 "point",
-                [size],
+                [size or min(ticks)],
                 [last.mean],
                 error_y=error_bars([last], 100),
                 text=[label(summary.model, LABEL_WIDTH)],
@@ -95,7 +97,6 @@ def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
         for text, share in marks.items()
     ]
     x = {"title": {"text": "segments between fact and question"}, "type": "category"}
-    ticks = _ticks([point["x"][0] for point in points])
     bytes_axis: dict[str, Any] = {"title": {"text": "state when the question comes (log scale)"}, "type": "log"}
     bytes_axis |= {"tickvals": list(ticks), "ticktext": list(ticks.values())}
     return {
@@ -105,11 +106,13 @@ def recall_plots(summaries: list[ModelSummary]) -> dict[str, Figure | None]:
 
 
 def _ticks(sizes: list[float]) -> dict[float, str]:
-    """At most six powers of two around sizes in bytes, with their names."""
-    low, high = (math.floor(math.log2(size)) for size in (min(sizes), max(sizes)))
+    """At most six powers of two around sizes in bytes, with their names; left of them "0", where one is."""
+    some = [size for size in sizes if size] or [1]
+    low, high = (math.floor(math.log2(size)) for size in (min(some), max(some)))
     powers = range(low, high + 2, max(1, math.ceil((high + 2 - low) / 6)))
     units = ["bytes", "KiB", "MiB", "GiB"]
-    return {2.0**power: f"{2 ** (power % 10)} {units[power // 10]}" for power in powers}
+    nothing = {2.0 ** (low - 1): "0"} if 0 in sizes else {}
+    return nothing | {2.0**power: f"{2 ** (power % 10)} {units[power // 10]}" for power in powers}
 
 
 def _name(summary: ModelSummary, distance: int) -> str:
