@@ -1,5 +1,6 @@
 """The benchmark of Lagged Cache Training: what it trains and reports; nothing here looks at how long anything took."""
 
+import dataclasses
 import json
 import math
 
@@ -18,7 +19,9 @@ from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.errors import UserError
 from newllm.evaluation.perplexity import token_weighted_loss
+from newllm.experiments.results import finite
 from newllm.settings import DataSettings
+from newllm.training import trainer
 
 SHAPE = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32, "vocab_size": 300}
 
@@ -150,6 +153,36 @@ def test_every_run_validates_equally_often_and_is_judged_on_a_text_that_chose_no
         assert validation == pytest.approx(best), "the weights are those that were kept"
         assert record["val_ppl"] == pytest.approx(math.exp(best))
         assert np.array_equal(tokens.ids, splits["test"].ids)
+
+
+def test_a_run_that_diverges_is_a_result_and_ends_no_other(monkeypatch, tmp_path):
+    monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path))
+    play = tmp_path / "play.txt"
+    play.write_text(next(iter(open_corpus(DataSettings()).documents())).text[:9000])
+    settings = tiny(methods=["step_by_step", "lagged"], data=str(play), quality_epochs=1, seeds=[0, 1])
+    rows = [{"model": method, "seconds": 1.0, "discrete_seconds": 0.0} for method in settings.methods]
+
+    def diverging(model, tokens, run):
+        return math.inf if run.seed and not run.step_by_step else token_weighted_loss(model, tokens, run)
+
+    monkeypatch.setattr(trainer, "token_weighted_loss", diverging)
+    records = compare_quality(settings, rows, lambda _: None)
+    assert [record["test_ppl"] == math.inf for record in records] == [False] * 4 + [True] * 2
+    assert all(record["curve"][-1]["val_loss"] for record in records)
+    result = {"settings": dataclasses.asdict(settings), "references": ["step_by_step"], "quality": finite(records)}
+    columns = [list(column.cells) for column in quality_table(result).columns]
+    assert columns[0] == ["step_by_step", "lagged"]
+    for perplexities, differences in (columns[1:3], columns[3:5]):
+        assert [perplexities[1], differences[1]] == ["∞ (1 of 2)", "—"]
+        assert "±" in perplexities[0]
+
+
+def test_an_infinite_perplexity_of_the_first_method_leaves_no_difference():
+    records = [{"method": "step_by_step", "seed": 0, "equal": "epochs", "epochs": 1.0, "test_ppl": None}]
+    records += [records[0] | {"method": "lagged", "equal": equal, "test_ppl": 9.0} for equal in ("epochs", "time")]
+    settings = dataclasses.asdict(tiny(methods=["step_by_step", "lagged"]))
+    columns = quality_table({"settings": settings, "references": ["step_by_step"], "quality": records}).columns
+    assert [list(column.cells) for column in columns[1:3]] == [["∞ (1 of 1)", "9.00"], ["", "—"]]
 
 
 @pytest.mark.parametrize(

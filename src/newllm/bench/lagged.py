@@ -86,7 +86,8 @@ def compare_quality(settings: LaggedBench, rows: list[Row], progress: Progress) 
 
     Returns:
         records {"method", "seed", "equal": "epochs" or "time", "epochs", "steps", "training_seconds", "val_ppl" and
-        "test_ppl" by true recurrence of the weights that validation has chosen, "curve": the run's metrics.jsonl}.
+        "test_ppl" by true recurrence of the weights that validation has chosen, "curve": the run's metrics.jsonl}. Of a
+        run that has ended because a loss was not finite, both perplexities are infinite.
     """
     from newllm.data import prepare
     from newllm.data.windows import WindowDataset
@@ -129,13 +130,14 @@ def train_once(run: RunSettings, data: PreparedData) -> dict[str, Any]:
     """One run of `compare_quality`."""
     from newllm.models import load_model
     from newllm.training import train
+    from newllm.training.callbacks import DivergedError
 
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(run, data, Path(folder) / "run")
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        model = load_model(Path(folder) / "run").to(resolve_device(run.device))  # type: ignore[arg-type]
-    return {
-        "val_ppl": perplexity(result.best_val_loss),
-        "test_ppl": perplexity(token_weighted_loss(model, data.splits["test"], run)),
-        "curve": [json.loads(line) for line in lines],
-    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, validation, test = Path(temporary) / "run", math.inf, math.inf
+        with contextlib.suppress(DivergedError):  # a result like any other, and no reason to lose those of other runs
+            validation = train(run, data, folder).best_val_loss
+            model = load_model(folder).to(resolve_device(run.device))  # type: ignore[arg-type]
+            test = token_weighted_loss(model, data.splits["test"], run)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    curve = [json.loads(line) for line in lines]
+    return {"val_ppl": perplexity(validation), "test_ppl": perplexity(test), "curve": curve}

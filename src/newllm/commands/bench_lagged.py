@@ -16,25 +16,26 @@ from newllm.commands.bench import TABLE_WIDTH
 from newllm.errors import UserError
 from newllm.evaluation.processes import WorkerError
 from newllm.experiments.figures import figure, number
-from newllm.experiments.statistics import estimate
+from newllm.experiments.results import finite
+from newllm.experiments.statistics import Estimate, estimate
 
 
 def run(settings: LaggedBench) -> dict[str, Any]:
-    """Measures and prints.
+    """Measures and prints. What is infinite is None in the result, and null in its line.
 
     Raises:
         UserError: an unknown model or method, a value out of range, or a measuring process that died.
     """
     try:
         with Console(stderr=True).status("starting") as status:
-            result = bench_lagged(settings, status.update)
+            result = finite(bench_lagged(settings, status.update))
     except WorkerError as error:
         raise UserError(str(error)) from error
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     console.print(speed_table(result))
     if result["quality"]:
         console.print(quality_table(result))
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))
     return result
 
 
@@ -67,7 +68,10 @@ def speed_table(result: dict[str, Any]) -> Table:
 
 
 def quality_table(result: dict[str, Any]) -> Table:
-    """A row for each method: test perplexity at equal epochs and at equal time, and how far from the first method's."""
+    """A row for each method: test perplexity at equal epochs and at equal time, and how far from the first method's.
+
+    A perplexity that is not finite is None in the records.
+    """
     settings, records = result["settings"], result["quality"]
     (first,) = result["references"]
     seeds = len(settings["seeds"])
@@ -76,21 +80,33 @@ def quality_table(result: dict[str, Any]) -> Table:
         f"Epochs of {settings['quality_samples']:,} windows; {seeds} seed{'s' if seeds > 1 else ''}"
         f"{', 95 % intervals' if seeds > 1 else ''}. Equal time: as long in training steps as {first}. "
         f"Each run validates {settings['quality_evaluations']} times and keeps its best weights. "
-        f"Difference to {first}, paired by seed.",
+        f"Difference to {first}, paired by seed. ∞: not finite, in so many of the seeds.",
         ["equal epochs", "difference", "equal time", "difference", "epochs then"],
     )
-    reference = {record["seed"]: record["test_ppl"] for record in records if record["method"] == first}
+    of_first = {record["seed"]: record["test_ppl"] for record in records if record["method"] == first}
     for method in settings["methods"]:
         cells = []
         for equal in ("epochs", "time"):
             same = "epochs" if method == first else equal  # the first method's time is that of its epochs
             own = [record for record in records if record["method"] == method and record["equal"] == same]
-            cells.append(figure(estimate(record["test_ppl"] for record in own), 2))
-            differences = [100 * (record["test_ppl"] / reference[record["seed"]] - 1) for record in own]
-            cells.append("" if method == first else figure(estimate(differences), 1, signed=True, unit=" %"))
+            ppls = [record["test_ppl"] for record in own]
+            infinite = ppls.count(None)
+            cells.append(f"∞ ({infinite} of {seeds})" if infinite else figure(estimate(ppls), 2))
+            cells.append("" if method == first else figure(_difference(own, of_first), 1, signed=True, unit=" %"))
         epochs = [record["epochs"] for record in own]
         view.add_row(method, *cells, number(epochs[0], 1) if epochs else "")
     return view
+
+
+def _difference(records: list[dict[str, Any]], of_first: dict[int, float | None]) -> Estimate | None:
+    """Test perplexity in percent above the first method's of the same seed; None where one of them is not finite."""
+    differences = []
+    for record in records:
+        ours, theirs = record["test_ppl"], of_first[record["seed"]]
+        if ours is None or theirs is None:
+            return None
+        differences.append(100 * (ours / theirs - 1))
+    return estimate(differences)
 
 
 def _table(title: str, caption: str, columns: list[str]) -> Table:

@@ -22,6 +22,10 @@ from newllm.training.checkpoints import write_whole
 LOG_POINTS, LONGEST_LOG_WINDOW = 100, 25  # points of a loss curve, and the most steps one of them averages
 
 
+class DivergedError(UserError):
+    """A loss of training or validation that is not finite."""
+
+
 @dataclass(frozen=True)
 class TrainProgress:
     """Where a run stands; sent after every optimizer step."""
@@ -142,7 +146,7 @@ class FlowCallback(ScheduledFlow):
                         "by true recurrence the states grow beyond what training has seen: try --lagged-passes 2 "
                         f"--lagged-grad-passes 2, --lagged-deep-share 0.1, or a lower {flag}"
                     )
-                raise UserError(
+                raise DivergedError(
                     f"{self.settings.model}: the {what}{during} is {entry[key]} at step {state.global_step} "
                     f"(lr {self.settings.lr:g}, {self.precision}): {remedy}; the last checkpoint is kept"
                 )
