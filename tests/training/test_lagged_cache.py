@@ -1,5 +1,6 @@
 """Lagged Cache Training: the truth in the limit, the plain method in one pass, and a run that can be interrupted."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ from toy_recurrent import SHAPE, TOY, lively, recurrent_presets, toy
 from transformers import TrainerControl, TrainerState
 
 from newllm.data import prepare
-from newllm.data.tasks import stack_windows
+from newllm.data.tasks import stack_windows, task_of_each_step
 from newllm.data.windows import WindowDataset
 from newllm.errors import UserError
 from newllm.evaluation.perplexity import token_weighted_loss
@@ -103,11 +104,21 @@ def test_passes_are_what_they_are_said_to_be(passes, grad_passes, length):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
-def test_deep_steps_are_a_share_of_all_and_evenly_spread():
+@settings(max_examples=20)
+@given(share=st.floats(0.02, 0.9))
+def test_deep_steps_are_a_share_of_all_and_spread_over_the_run(share):
     assert not any(is_deep(step, 0.0) for step in range(50))
-    deep = [step for step in range(100) if is_deep(step, 0.2)]
-    assert len(deep) == 20
-    assert {b - a for a, b in pairwise(deep)} == {5}
+    deep = [step for step in range(1000) if is_deep(step, share)]
+    assert len(deep) == pytest.approx(1000 * share, abs=5)
+    assert max(b - a for a, b in pairwise([*deep, 1000])) < 3 / share
+
+
+@pytest.mark.parametrize("shares", [[0.3], [0.1], [0.2, 0.5]])
+def test_text_and_tasks_have_the_same_share_of_deep_steps(shares):
+    tasks = list(itertools.islice(task_of_each_step(shares), 1000))
+    for task in (None, *range(len(shares))):
+        own = [is_deep(step, 0.1) for step in range(1000) if tasks[step] == task]
+        assert sum(own) == pytest.approx(0.1 * len(own), abs=5)
 
 
 # The store

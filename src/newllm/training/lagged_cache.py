@@ -11,7 +11,6 @@ one before, and gradient may flow through the last of them; T passes are the tru
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from newllm.settings import RunSettings
 from newllm.training.lagged_store import LaggedCache, lagged_cache
 
 NOT_KEPT = -1  # the sample of a window that is never seen again
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def lagged_loss(
@@ -108,8 +108,12 @@ class LaggedTraining:
 
 
 def is_deep(step: int, share: float) -> bool:
-    """Whether a step, counted from 0, takes more passes: `share` of all steps do, evenly spread."""
-    return math.floor((step + 1) * share) > math.floor(step * share)
+    """Whether a step, counted from 0, takes more passes: `share` of all steps do, spread over the run.
+
+    Not at equal distances: tasks take every so-manyth step too, and all deeper steps could be theirs. Multiples of the
+    golden ratio keep step with no fraction, and the steps of the text and of each task get their share.
+    """
+    return step * GOLDEN % 1 < share
 
 
 class KeyedWindows(Dataset[dict[str, Tensor]]):
