@@ -104,6 +104,20 @@ def test_passes_are_what_they_are_said_to_be(passes, grad_passes, length):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["dproj", "context_pythia"])
+def test_layers_that_have_no_part_in_the_states_read_the_last_pass_alone(name):
+    model = lively(create_model(name, **SHAPE | {"num_layers": 3})).double()
+    ids, read = torch.randint(60, (2, 9)), []
+    expected = lagged_reference(model, ids, ids, model.no_states(ids), 5, 3)[0]
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: read.append(1))
+    loss, _, _ = lagged_loss(model, ids, ids, start(model, ids), 4, 3)
+    assert len(read) == 3
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(gradients(model, loss), gradients(model, expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
 @settings(max_examples=20)
 @given(share=st.floats(0.02, 0.9))
 def test_deep_steps_are_a_share_of_all_and_spread_over_the_run(share):

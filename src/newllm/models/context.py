@@ -269,6 +269,13 @@ class ContextPythiaLM(RecurrentLM):
         )
         return self.norm(super().run_layers(x, positions=positions, mask=mask, states=states)), contexts
 
+    def next_states(
+        self, input_ids: Tensor, lagged: Tensor, *, positions: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """As the general one, without the layers, which have no part in it."""
+        x = self.embed(input_ids)
+        return _iterate_layer(self.context, x, lagged, positions=positions, mask=mask, state=None)[1]
+
     def recur(self, input_ids: Tensor, *, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """The loop over time is the cell's alone; the layers then read all T tokens at once."""
         x = self.run_layers(self.embed(input_ids), positions=positions, mask=mask, states=cache.layers)

@@ -148,9 +148,11 @@ class DProjLM(RecurrentLM):
         projections = self.cell(lagged, self.drive(input_ids))  # (B, T, P)
         return self._read(projections, positions, mask, cache), projections
 
-    def first_states(self, input_ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    def next_states(
+        self, input_ids: Tensor, lagged: Tensor, *, positions: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """As the general one, without the layers, which have no part in it."""
-        return self.cell(self.no_states(input_ids), self.drive(input_ids))
+        return self.cell(lagged, self.drive(input_ids))
 
     def recur(self, input_ids: Tensor, *, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """The loop over time is the cell's alone; the layers then read all T tokens at once."""

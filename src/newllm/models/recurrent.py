@@ -54,12 +54,21 @@ class RecurrentLM(TransformerLM):
         """
         raise NotImplementedError
 
+    def next_states(
+        self, input_ids: Tensor, lagged: Tensor, *, positions: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """The states of `iterate` alone, (B, T, N): a pass after which comes another. Args as of `iterate`.
+
+        For a model to override in which some layers have no part in the states.
+        """
+        return self.iterate(input_ids, lagged, positions=positions, mask=mask)[1]
+
     def first_states(self, input_ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, N): states to begin iterating from, by a *discrete* pass: nothing is fed back, every token sees zeros.
 
         Args as of `iterate`.
         """
-        return self.iterate(input_ids, self.no_states(input_ids), positions=positions, mask=mask)[1]
+        return self.next_states(input_ids, self.no_states(input_ids), positions=positions, mask=mask)
 
     def no_states(self, input_ids: Tensor) -> Tensor:
         """(B, T, N) zeros, in the dtype in which the state is kept."""

@@ -46,11 +46,11 @@ def lagged_loss(
         loss of the last pass; its states (B, T, N), detached; residual ‖s^k − s^(k−1)‖ / ‖s^k‖ of the whole batch, ().
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    hidden = before = states
-    for number in range(passes):
-        before = states
+    before = states
+    for number in range(passes - 1):
         with torch.set_grad_enabled(number >= passes - grad_passes):
-            hidden, states = model.iterate(input_ids, lag(before), positions=positions)
+            before = model.next_states(input_ids, lag(before), positions=positions)
+    hidden, states = model.iterate(input_ids, lag(before), positions=positions)
     states = states.detach()
     change = torch.linalg.vector_norm(states.float() - before.detach().float())
     residual = change / torch.linalg.vector_norm(states.float()).clamp(min=torch.finfo(torch.float32).tiny)
