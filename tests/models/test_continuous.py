@@ -234,6 +234,8 @@ def test_a_mode_without_weights_is_refused_with_what_to_do():
     ids = torch.randint(61, (1, 4))
     with pytest.raises(UserError, match=r"no weights 'proj'; create_model\('continuous'\)"):
         make("discrete").compute_loss(ids, ids, mode="continuous")
+    with pytest.raises(UserError, match="passes is 0: it must be at least 1"):
+        make("continuous").compute_loss(ids, ids, passes=0)
     with pytest.raises(UserError, match="extra_pass=True"):
         make("continuous").compute_loss(ids, ids, extra_pass=False, use_h1=True)
 

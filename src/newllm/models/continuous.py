@@ -158,15 +158,17 @@ class ContinuousLM(ManyPassesLM, RecurrentLM):
             extra_pass: with as many further passes as the configuration names, at least one; or without.
             use_h1: combine the first and the last pass.
             states: (B, T, D) of an earlier iteration over the same tokens, as stats["states"] gives them.
-            passes: iterations of mode 'continuous'.
+            passes: iterations of mode 'continuous', at least 1.
 
         Returns:
             loss in nats per token; and stats: loss, ppl, tokens, passes, residual ‖h^k − h^{k−1}‖ / ‖h^k‖ (0 where
             nothing is fed back), states (B, T, D) after each token, detached.
 
         Raises:
-            UserError: for a mode that the model has no weights for.
+            UserError: for a mode that the model has no weights for, or less than one pass.
         """
+        if passes < 1:
+            raise UserError(f"passes is {passes}: it must be at least 1")
         mode, count, use_h1 = self._route(mode, extra_pass, use_h1)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
 
