@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from newllm.errors import UserError
-from newllm.models.cache import LMCache, RecurrentState
+from newllm.models.cache import LMCache
 from newllm.models.config import LMConfig
 from newllm.models.layers.context import ContextLayer
 from newllm.models.linear import Linear
@@ -118,18 +118,14 @@ class ContextVectorLM(RecurrentLM):
 
     def recur(self, input_ids: Tensor, *, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """The loop over time leaves out what the text gives, and the head."""
-        fed_back = cache.layers[-1]
-        assert isinstance(fed_back, RecurrentState)
-        T = input_ids.shape[1]
-        before = fed_back.read("state")
-        state = self.no_states(input_ids[:, :1])[:, 0] if before is None else before
+        kept, state = self.fed_back(input_ids, cache)
+        T, hidden = input_ids.shape[1], []
         real = None if mask is None else mask[:, -T:, None]
-        hidden = []
         for t, given in enumerate(self._given(input_ids, positions).unbind(1)):
             hidden.append(self._think(given, state))
             moved = state + self.move(hidden[-1])
             state = moved if real is None else torch.where(real[:, t], moved, state)
-        fed_back.write(T, state=state)
+        kept.write(T, state=state)
         return torch.stack(hidden, dim=1)
 
     def _given(self, input_ids: Tensor, positions: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from newllm.errors import UserError, nearest
-from newllm.models.cache import RecurrentState
 from newllm.models.config import LMConfig
 from newllm.models.layers.v_dproj import head_size
 from newllm.models.recurrent import RecurrentLM
@@ -156,12 +155,10 @@ class DProjLM(RecurrentLM):
 
     def recur(self, input_ids: Tensor, *, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
         """The loop over time is the cell's alone; the layers then read all T tokens at once."""
-        fed_back = cache.layers[-1]
-        assert isinstance(fed_back, RecurrentState)
+        kept, state = self.fed_back(input_ids, cache)
         T = input_ids.shape[1]
-        real = None if mask is None else mask[:, -T:]
-        projections, state = self.project(input_ids, fed_back.read("state"), real)
-        fed_back.write(T, state=state)
+        projections, state = self.project(input_ids, state, None if mask is None else mask[:, -T:])
+        kept.write(T, state=state)
         return self._read(projections, positions, mask, cache)
 
     def project(

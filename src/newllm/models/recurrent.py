@@ -74,6 +74,13 @@ class RecurrentLM(TransformerLM):
         """(B, T, N) zeros, in the dtype in which the state is kept."""
         return torch.zeros(*input_ids.shape, self.state_size, dtype=self.dtype, device=input_ids.device)
 
+    def fed_back(self, input_ids: Tensor, cache: Cache) -> tuple[RecurrentState, Tensor]:
+        """Where a cache keeps what is fed back, and the state (B, N) that the next of tokens (B, T) is given."""
+        kept = cache.layers[-1]
+        assert isinstance(kept, RecurrentState)
+        state = kept.read("state")
+        return kept, self.no_states(input_ids[:, :1])[:, 0] if state is None else state
+
     def make_cache(self, precision: str | None = None) -> LMCache:
         cache = super().make_cache(precision)
         if self.state_size:
@@ -81,8 +88,8 @@ class RecurrentLM(TransformerLM):
         return cache
 
     def state_bytes(self, tokens: int, element_size: int) -> list[int]:
-        fed_back = [self.state_size * element_size] if self.state_size else []
-        return super().state_bytes(tokens, element_size) + fed_back
+        own = [self.state_size * element_size] if self.state_size else []
+        return super().state_bytes(tokens, element_size) + own
 
     def hidden_states(
         self,
@@ -107,12 +114,8 @@ class RecurrentLM(TransformerLM):
 
         The general form, for any `iterate`; a model that can leave its layers out of the loop has one of its own.
         """
-        fed_back = cache.layers[-1]
-        assert isinstance(fed_back, RecurrentState)
-        T = input_ids.shape[1]
-        before = fed_back.read("state")
-        state = self.no_states(input_ids[:, :1])[:, 0] if before is None else before
-        hidden = []
+        kept, state = self.fed_back(input_ids, cache)
+        T, hidden = input_ids.shape[1], []
         for t in range(T):
             now = slice(t, t + 1)
             seen = None if mask is None else mask[:, : mask.shape[1] - T + t + 1]
@@ -122,7 +125,7 @@ class RecurrentLM(TransformerLM):
             hidden.append(h)
             # Padding leaves the state as it is.
             state = states[:, 0] if seen is None else torch.where(seen[:, -1:], states[:, 0], state)
-        fed_back.write(T, state=state)
+        kept.write(T, state=state)
         return torch.cat(hidden, dim=1)
 
 
