@@ -1,4 +1,5 @@
 import json
+import sys
 
 import gymnasium
 import numpy as np
@@ -37,6 +38,16 @@ def played(env, seed, steps=30):
 def test_an_unknown_environment_is_named_with_the_nearest():
     with pytest.raises(UserError, match="did you mean 'point_reacher'"):
         family_of("point_reachr")
+
+
+@pytest.mark.parametrize("name", ["reacher", "inverted_pendulum"])
+def test_gymnasium_without_mujoco_takes_one_line(name, monkeypatch):
+    for module in [*sys.modules]:  # as where nothing has been imported yet
+        if module.startswith(("gymnasium.envs.mujoco", f"newllm.vintix.environments.{name}")):
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(UserError, match="needs mujoco, which is not installed"):
+        family_of(name)
 
 
 @pytest.mark.parametrize("name", family_names())

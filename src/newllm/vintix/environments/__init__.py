@@ -90,7 +90,7 @@ def family_names() -> list[str]:
 
 
 def task_family(settings: CollectSettings) -> TaskFamily:
-    """The family of the settings. Raises UserError for an unknown one, or where gymnasium is not installed."""
+    """The family of the settings. Raises UserError for an unknown one, or where a package it needs is not installed."""
     path = FAMILIES_FOLDER / f"{settings.environment}.yaml"
     if not path.is_file():
         raise nearest(settings.environment, family_names(), "environment")
@@ -127,5 +127,9 @@ def from_spec(spec: dict[str, Any]) -> TaskFamily:
 
 def _kind(options: dict[str, Any]) -> Any:
     """The module of a family: PARAMETERS, draw, average, make, act."""
-    require("gymnasium")
-    return importlib.import_module(f"{__name__}.{options['kind']}")
+    gymnasium = require("gymnasium")
+    try:
+        return importlib.import_module(f"{__name__}.{options['kind']}")
+    except gymnasium.error.DependencyNotInstalled:  # Gymnasium alone has no MuJoCo
+        require("mujoco")
+        raise

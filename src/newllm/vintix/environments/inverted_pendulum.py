@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium
 import numpy as np
+from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from newllm.vintix import demonstrators
+from newllm.vintix.environments.episodes import CutEpisodes
 
 PARAMETERS = ()
 
@@ -27,7 +28,7 @@ def average(options: dict[str, Any]) -> np.ndarray:
 
 def make(parameters: np.ndarray, seed: int, options: dict[str, Any]) -> SyncVectorEnv:
     def one():
-        return gymnasium.make("InvertedPendulum-v5", max_episode_steps=options["episode_length"])
+        return CutEpisodes(InvertedPendulumEnv(), options["episode_length"])
 
     return SyncVectorEnv([one] * len(parameters), autoreset_mode=AutoresetMode.SAME_STEP)
 
