@@ -165,17 +165,46 @@ def test_metadata_that_lack_something_are_refused_by_what_they_lack(tmp_path):
         read_histories(tmp_path)
 
 
-def test_histories_are_normalised_by_what_the_metadata_say(tmp_path):
-    write(tmp_path / "a.h5", history(12), 10)
+def dataset(folder, **changes):
+    """One history of 12 steps; values of its metadata may be changed."""
+    write(folder / "a.h5", history(12), 10)
     metadata = {"format": 1, "name": "x", "observation_dim": 3, "action_dim": 2, "reward_scale": 2.0}
     metadata |= {"observation_mean": [1.0, 2.0, 3.0], "observation_std": [1.0, 2.0, 4.0]}
     metadata |= {"histories": [{"file": "a.h5", "task": 0, "steps": 12}]}
     metadata |= {"family": {}, "action_low": [-1, -1], "action_high": [1, 1], "tasks": {}, "collect": {}}
-    (tmp_path / METADATA).write_text(json.dumps(metadata))
-    read = read_histories(tmp_path)
+    (folder / METADATA).write_text(json.dumps(metadata | changes))
+    return folder
+
+
+def test_histories_are_normalised_by_what_the_metadata_say(tmp_path):
+    read = read_histories(dataset(tmp_path))
     assert np.allclose(read.observation[0] * [1, 2, 4] + [1, 2, 3], history(12).observation, atol=1e-6)
     assert np.allclose(read.reward[0], 2 * history(12).reward)
     assert np.array_equal(read.action[0], history(12).action)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"histories": []}, "no histories"),
+        ({"histories": 0}, "TypeError"),
+        ({"histories": [{"task": 0, "steps": 12}]}, "KeyError: 'file'"),
+        ({"observation_mean": [0.0, 0.0]}, "3 observed numbers"),
+        ({"observation_std": [1.0, 0.0, 1.0]}, "3 observed numbers"),
+        ({"reward_scale": float("nan")}, "3 observed numbers"),
+        ({"reward_scale": "x"}, "ValueError"),
+    ],
+)
+def test_metadata_whose_values_make_no_sense_are_refused_with_their_name(tmp_path, changes, message):
+    with pytest.raises(UserError, match=rf"{METADATA}: broken: .*{message}"):
+        read_histories(dataset(tmp_path, **changes))
+
+
+def test_histories_of_different_lengths_are_refused(tmp_path):
+    write(tmp_path / "b.h5", history(9), 10)
+    files = [{"file": "a.h5", "task": 0, "steps": 12}, {"file": "b.h5", "task": 1, "steps": 9}]
+    with pytest.raises(UserError, match="different lengths, from 9 to 12 steps"):
+        read_histories(dataset(tmp_path, histories=files))
 
 
 @given(

@@ -138,16 +138,33 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def read_histories(folder: Path) -> Histories:
     """Reads and checks a whole dataset. Raises UserError with the name of a broken, missing or incomplete file."""
     metadata = read_metadata(folder)
-    sizes = metadata["observation_dim"], metadata["action_dim"]
-    histories = [read_history(folder / entry["file"], entry["steps"], *sizes) for entry in metadata["histories"]]
-    mean, std = (np.array(metadata[key], dtype=np.float32) for key in ("observation_mean", "observation_std"))
+    try:
+        sizes = metadata["observation_dim"], metadata["action_dim"]
+        files = [(folder / entry["file"], int(entry["steps"])) for entry in metadata["histories"]]
+        mean, std = (np.array(metadata[key], dtype=np.float32) for key in ("observation_mean", "observation_std"))
+        scale = np.float32(metadata["reward_scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken(folder, f"{type(error).__name__}: {error}") from None
+    lengths = sorted({steps for _, steps in files})
+    if len(lengths) != 1:
+        what = (
+            f"histories of different lengths, from {lengths[0]} to {lengths[-1]} steps" if lengths else "no histories"
+        )
+        raise _broken(folder, f"{what}, where all must be equally long")
+    if not mean.shape == std.shape == (sizes[0],) or not np.isfinite([*mean, *std, scale]).all() or not (std > 0).all():
+        raise _broken(folder, f"mean, deviation or scale do not fit to {sizes[0]} observed numbers")
+    histories = [read_history(path, steps, *sizes) for path, steps in files]
     return Histories(
         metadata=metadata,
         observation=(np.stack([history.observation for history in histories]) - mean) / std,
         action=np.stack([history.action for history in histories]),
-        reward=np.stack([history.reward for history in histories]) * np.float32(metadata["reward_scale"]),
+        reward=np.stack([history.reward for history in histories]) * scale,
         step_num=np.stack([history.step_num for history in histories]),
     )
+
+
+def _broken(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder / METADATA}: broken: {what}; {_AGAIN}")
 
 
 class HistoryDataset:
