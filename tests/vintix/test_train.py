@@ -1,6 +1,8 @@
 """Training: exact to resume, by play, on steps of the optimizer, weight decay on matrices alone."""
 
+import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -66,6 +68,19 @@ def test_a_finished_run_is_kept_and_other_settings_move_it_aside(data, tmp_path)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     train(VintixRun(**SMALL | {"steps": 2, "evaluations": 1, "lr": 1e-3}), [data], tmp_path / "run")
     assert (tmp_path / "run~old" / "model").is_dir()
+
+
+def test_what_cannot_be_trained_or_played_leaves_a_finished_run_where_it_is(data, tmp_path, monkeypatch):
+    run = VintixRun(**SMALL | {"steps": 1, "evaluations": 1})
+    train(run, [data], tmp_path / "run")
+    before = metrics(tmp_path / "run")
+    with pytest.raises(UserError, match="--context is 99"):
+        train(dataclasses.replace(run, context=99), [data], tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(UserError, match="needs gymnasium"):
+        train(dataclasses.replace(run, lr=1e-3), [data], tmp_path / "run")
+    assert [path.name for path in tmp_path.glob("run*") if path.is_dir()] == ["run"]
+    assert metrics(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -29,7 +29,7 @@ from newllm.training.checkpoints import (
 )
 from newllm.training.locks import lock
 from newllm.vintix.data import Histories, HistoryDataset, read_histories
-from newllm.vintix.environments import from_spec
+from newllm.vintix.environments import TaskFamily, from_spec
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.model import GROUP_KEYS, VintixConfig, VintixModel
 from newllm.vintix.play import agent, interquartile_mean, normalised, play
@@ -64,7 +64,8 @@ def train(
     folder receives config.yaml, data.json (what evaluation has to know of the data), metrics.jsonl, model/ (best
     weights by play, with the statistics that turn raw numbers into the model's) and result.json. A second call returns
     what the first did. Where precision is 'auto', config.yaml says what it was here.
-    Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
+    Raises UserError for histories that are broken or shorter than the context, where a package is missing, when the
+    loss is not finite or the disk is full; KeyboardInterrupt (state saved) on Ctrl-C.
     """
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
     run = replace(run, precision=resolve_precision(run.precision, resolve_device(run.device)))
@@ -72,32 +73,39 @@ def train(
     if run.target == "demonstrator":
         for histories in data:
             histories.target = demonstrated(histories)
+    # What cannot be trained on or played is refused here, before the folder of a finished run might be moved aside.
+    windows_per_step = run.batch_size * run.gradient_accumulation
+    windows = HistoryDataset(
+        data, run.context, run.seed, run.steps * windows_per_step, block=run.batch_size, start_share=run.start_share
+    )
+    families = [from_spec(histories.metadata["family"]) for histories in data]
     facts = [{key: value for key, value in histories.metadata.items() if key != "histories"} for histories in data]
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     with lock(folder), explaining_full_disk(folder):
         result = claim_run_folder(folder, run, fingerprint)  # type: ignore[arg-type]
         if "training" not in result:
             write_whole(folder / DATA_FILE, json.dumps(facts))
-            result["training"] = asdict(_train(run, data, folder, on_progress))
+            result["training"] = asdict(_train(run, windows, families, folder, on_progress))
             write_result(folder, result)
         remove_except(folder, set())
     return VintixTrainResult(**result["training"])
 
 
 def _train(
-    run: VintixRun, data: list[Histories], folder: Path, on_progress: Callable[[VintixProgress], None] | None
+    run: VintixRun,
+    windows: HistoryDataset,
+    families: list[TaskFamily],
+    folder: Path,
+    on_progress: Callable[[VintixProgress], None] | None,
 ) -> VintixTrainResult:
     transformers.utils.logging.disable_progress_bar()
     set_threads(run.threads)
-    windows_per_step = run.batch_size * run.gradient_accumulation
-    windows = HistoryDataset(
-        data, run.context, run.seed, run.steps * windows_per_step, block=run.batch_size, start_share=run.start_share
-    )
     transformers.set_seed(run.seed)
+    data = windows.datasets
     model = new_model(run, data)
     trainer = VintixTrainer(
         run,
-        lambda played: in_context_score(played, data, run.validation_episodes),
+        lambda played: in_context_score(played, data, families, run.validation_episodes),
         on_progress,
         folder,
         model=model,
@@ -140,11 +148,10 @@ def stack(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def in_context_score(model: VintixModel, data: list[Histories], episodes: int) -> float:
+def in_context_score(model: VintixModel, data: list[Histories], families: list[TaskFamily], episodes: int) -> float:
     """Inter-quartile mean over the validation tasks of the normalised score, in the second half of the episodes."""
     scores = []
-    for group, histories in enumerate(data):
-        family = from_spec(histories.metadata["family"])
+    for group, (histories, family) in enumerate(zip(data, families, strict=True)):
         task_ids = family.task_ids("validation")
         engine = VintixEngine(model, len(task_ids), group)
         returns = play(agent(engine), family, task_ids, episodes, VALIDATION_SEED).returns
