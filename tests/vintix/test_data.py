@@ -219,13 +219,12 @@ def test_a_window_is_a_run_of_one_history_with_what_came_before(index, context, 
     assert np.array_equal(item["previous_action"][:, 0], before)
     assert np.array_equal(item["previous_reward"][:, 0], before)
     assert np.array_equal(item["action"], item["observation"])
-    assert np.array_equal(item["reward"], item["observation"])
     assert np.array_equal(item["step_in_episode"], values % 100 % 5)
     assert np.array_equal(item["episode_start"], item["step_in_episode"] == 0)
     assert np.array_equal(item["history_start"], values % 100 == 0)
     if start_share == 1:
         assert values[0] % 100 == 0
-    shapes = {"observation": (context, 1), "action": (context, 1), "reward": (context, 1)}
+    shapes = {"observation": (context, 1), "action": (context, 1), "previous_reward": (context, 1)}
     assert {name: item[name].shape for name in shapes} == shapes
 
 

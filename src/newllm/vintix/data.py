@@ -208,14 +208,16 @@ class HistoryDataset:
 
     def group(self, index: int) -> int:
         """Index of the dataset that item `index` is taken from; datasets are taken by their number of steps."""
+        if len(self.datasets) == 1:  # of which nothing need be drawn: half the time of an item
+            return 0
         chance = np.random.default_rng([self.seed, 1, index // self.block])
         return int(chance.choice(len(self.datasets), p=self.shares))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """
-        observation (T, do); action (T, da), the target of the model; reward (T, 1); previous_action (T, da) and
-        previous_reward (T, 1), those of the step before, across episodes too, zeros before the history's first;
-        float32. episode_start, history_start (T,) bool; step_in_episode (T,) int64; group: int.
+        observation (T, do); action (T, da), the target of the model; previous_action (T, da) and previous_reward
+        (T, 1), those of the step before, across episodes too, zeros before the history's first; float32.
+        episode_start, history_start (T,) bool; step_in_episode (T,) int64; group: int.
         """
         if not 0 <= index < self.length:
             raise IndexError(index)
@@ -227,13 +229,11 @@ class HistoryDataset:
         first = 0 if at_start else int(chance.integers(data.reward.shape[1] - self.context + 1))
         rows = slice(first, first + self.context)
         step = data.step_num[history, rows].astype(np.int64)
-        reward = data.reward[history, :, None]
         return {
             "observation": data.observation[history, rows],
             "action": (data.action if data.target is None else data.target)[history, rows],
-            "reward": reward[rows],
             "previous_action": _shifted(data.action[history], first, self.context),
-            "previous_reward": _shifted(reward, first, self.context),
+            "previous_reward": _shifted(data.reward[history, :, None], first, self.context),
             "episode_start": step == 0,
             "history_start": np.arange(first, first + self.context) == 0,
             "step_in_episode": step,

@@ -240,7 +240,7 @@ class VintixModel(PreTrainedModel):
             episode_start, history_start: (B, T) bool, the first steps of episodes, and those before which there was
                 nothing.
             step_in_episode: (B, T) counts from 0.
-            action: (B, T, a) what was done, for the loss.
+            action: (B, T, a) what it should say, for the loss.
             group: index of the group in the configuration.
             last_only: actions of the last step alone.
         """

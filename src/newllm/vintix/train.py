@@ -142,7 +142,7 @@ def new_model(settings: VintixModelSettings, data: list[Histories]) -> VintixMod
 
 def stack(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Windows of one group to a batch, as `VintixModel.forward` takes it."""
-    names = [name for name in items[0] if name not in ("reward", "group")]
+    names = [name for name in items[0] if name != "group"]
     return {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in names} | {
         "group": items[0]["group"]
     }
