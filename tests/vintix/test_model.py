@@ -100,6 +100,17 @@ def test_pads_stand_for_what_is_not_there(carry_reward):
     assert torch.equal(changed, expected) is not carry_reward
 
 
+def test_what_is_observed_and_paid_is_not_rounded_to_bf16():
+    model = small_model().float()
+    observation, reward, start = raw_steps(2, 8, starts=(4,))
+    batch = inputs(model, observation, torch.randn(2, 8, 2, dtype=torch.float64), reward, start)
+    batch = {name: x.float() if x.is_floating_point() else x for name, x in batch.items()}
+    expected = model.embed(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.embed(**batch), expected)
+        assert torch.isfinite(model(**batch).actions).all()
+
+
 def test_step_in_episode_is_clamped_to_its_table():
     model = small_model(inner_ep_pos_enc=True, max_episode_steps=4)
     observation, reward, start = raw_steps(1, 8, starts=())

@@ -201,13 +201,16 @@ class VintixModel(PreTrainedModel):
         step_in_episode: Tensor,
         group: int = 0,
     ) -> Tensor:
-        """Tokens (B, T, D); arguments as in `forward`."""
+        """Tokens (B, T, D); arguments as in `forward`.
+
+        Never in bf16: what is observed and paid would be known to three digits in training, and better in play.
+        """
         encoder: GroupEncoder = self.encoders[group]  # type: ignore[assignment]
-        action, reward = encoder.action(previous_action), encoder.reward(previous_reward)
         no_reward = history_start if self.config.carry_reward else episode_start
-        action = torch.where(episode_start[..., None], self.action_pad.to(action.dtype), action)
-        reward = torch.where(no_reward[..., None], self.reward_pad.to(reward.dtype), reward)
-        tokens = torch.cat([encoder.observation(observation), action.to(reward.dtype), reward], dim=-1)
+        with torch.autocast(observation.device.type, enabled=False):
+            action = torch.where(episode_start[..., None], self.action_pad, encoder.action(previous_action))
+            reward = torch.where(no_reward[..., None], self.reward_pad, encoder.reward(previous_reward))
+            tokens = torch.cat([encoder.observation(observation), action, reward], dim=-1)
         if self.episode_steps is not None:
             tokens = tokens + self.episode_steps(step_in_episode.clamp(max=self.config.max_episode_steps - 1))
         return tokens
