@@ -57,7 +57,7 @@ POSITIVE = (
     *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts"),
     *("lagged_passes", "lagged_grad_passes", "lagged_deep_passes"),
     *("projection_tokens", "projection_iterations", "projection_lr", "projection_batch", "projection_tolerance"),
-    "efficiency_seconds",
+    *("efficiency_seconds", "calibration_tokens"),
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it;
 # memories are swapped between two windows of recall.

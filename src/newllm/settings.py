@@ -7,6 +7,7 @@ filled by the chosen scale, see `resolution`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -107,6 +108,10 @@ class TrainingSettings:
     reconstruction_epochs: float = 10
     """Passes of the first phase over the samples, and as many validation losses; fewer where --max-tokens or
     --patience ends it."""
+    start_from: str | None = None
+    """Folder of a trained model, of newllm or GPT-NeoX, whose weights the models start from (`newllm adapt`)."""
+    calibration_tokens: int = 32_768
+    """With --start-from: tokens of the training split by which keys and values are fitted to smaller ones."""
     precision: Precision = "auto"
     """'auto' is bf16 autocast where the device computes it natively, else float32."""
     device: str = "auto"
@@ -207,6 +212,8 @@ SPECIAL = (
     *FIRST_PHASE,
     "gate_lr",
     "streaming",
+    "start_from",
+    "calibration_tokens",
     *(
         f.name
         for cls in (RecallSettings, ReversalSettings, LaggedSettings, ProjectionSettings)
@@ -313,7 +320,25 @@ class RunSettings(CommonSettings):
             values["tokenizer"] = spelt_alike(self.tokenizer)
         if self.plugin is not None:
             values["plugin"] = hashlib.sha256(user_path(self.plugin).read_bytes()).hexdigest()
+        if self.start_from is not None:
+            values["start_from"] = weights_hash(user_path(self.start_from))
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_hash(folder: Path) -> str:
+    """Identifies the weights of a run folder or model folder, wherever it is."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("model/*.safetensors")])
+    return _content_hash(tuple((file, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.cache
+def _content_hash(files: tuple[tuple[Path, int], ...]) -> str:
+    """Of files, each with when it was written; a run is asked for its hash many times."""
+    digest = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def corpus_name(data: str) -> str:
@@ -328,7 +353,7 @@ def corpus_name(data: str) -> str:
 def to_yaml(settings: Any) -> str:
     """The settings as YAML, readable back by `--config` in any folder: text and plugin by their full paths."""
     values = dataclasses.asdict(settings)
-    for name in ("data", "plugin"):
+    for name in ("data", "plugin", "start_from"):
         if (value := values.get(name)) is not None and value not in CORPORA and (path := user_path(value)).exists():
             values[name] = str(path.resolve())
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 def compare(parser: Parser, argv: list[str]) -> int:
     """Train several models under the same budget and write one report."""
     parser.add_settings(ExperimentSettings)
-    settings = parser.settings(parser.parse(argv), complete=resolve)
+    return _compare(parser.settings(parser.parse(argv), complete=resolve))
+
+
+def _compare(settings: ExperimentSettings) -> int:
     from newllm.experiments.compare import compare as run
     from newllm.experiments.results import read_results
     from newllm.experiments.run import RunError
@@ -38,6 +41,25 @@ def compare(parser: Parser, argv: list[str]) -> int:
     here = Path.cwd()
     print(f"report: {report.relative_to(here) if report.is_relative_to(here) else report}")
     return 1 if read_results(report.parent)["failed"] else 0
+
+
+@command(
+    "adapt",
+    "newllm adapt runs/pythia-small-0 --max-tokens 500000",
+    "newllm adapt runs/pythia-small-0 --models pythia mla_geometric mla_geometric:kv_dim=64 --seeds 0 1 2",
+    "newllm adapt pythia-70m/ --data my_texts/ --models pythia mla --max-tokens 2000000",
+    usage="FOLDER",
+)
+def adapt(parser: Parser, argv: list[str]) -> int:
+    """Put a trained model into other layers, train on, and compare with training the model on as it is."""
+    parser.add_argument("folder", metavar="FOLDER", help="Run folder, or a model folder of newllm or GPT-NeoX.")
+    parser.add_settings(ExperimentSettings)
+    folder = parser.parse(argv).folder
+    from newllm.commands import adapt as command
+
+    settings = parser.settings(parser.parse(argv, command.settings_for(folder)), complete=resolve)
+    command.check(settings)
+    return _compare(settings)
 
 
 @command(

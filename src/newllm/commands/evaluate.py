@@ -12,7 +12,7 @@ from newllm.errors import UserError, nearest
 from newllm.experiments.results import finite
 from newllm.paths import user_path
 from newllm.resolution import resolve
-from newllm.settings import RunSettings
+from newllm.settings import CommonSettings, RunSettings
 
 TASKS = ["perplexity", "recall", "reversal", "recurrence", "efficiency"]
 SPLITS = ["validation", "test"]
@@ -92,7 +92,7 @@ def evaluate(
     return results
 
 
-def refuse_another_split(folder: Path, settings: RunSettings) -> None:
+def refuse_another_split(folder: Path, settings: CommonSettings) -> None:
     """Raises UserError where the text of the run is to be split otherwise than it was: into what it was trained on."""
     trained = RunSettings(**run_config(folder))
     same_text = user_path(trained.data).resolve() == user_path(settings.data).resolve()

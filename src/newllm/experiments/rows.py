@@ -45,6 +45,8 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
     validation, test = data.splits["validation"], data.splits["test"]
     result = evaluate(model, test, settings)
     trained_tokens = training.tokens * training.best_step / training.steps  # the kept checkpoint has read no more
+    start = read_result(folder).get("start")
+    before = [{"step": 0, "tokens": 0, "val_loss": start["val_loss"]}] if start else []
     longest = max(settings.seq_length, settings.position_window, settings.sliding_window)  # type: ignore[type-var]
     checks = check_model(model) + check_as_trained(model, longest, settings.precision)  # type: ignore[arg-type]
     return {
@@ -59,6 +61,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "best_step": training.best_step,
         "reconstruction": read_result(folder).get("reconstruction"),
         "projection": read_result(folder).get("projection"),
+        "start": start and start | {"val_ppl": perplexity(start["val_loss"])},
         "val_loss": training.best_val_loss,
         "val_ppl": perplexity(training.best_val_loss),
         "bits_per_byte": training.best_val_loss / math.log(2) * len(validation.ids) / validation.num_bytes,
@@ -80,7 +83,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
             causal=is_causal(checks),
             overlap=data.info["overlap"]["test"],
         ),
-        "curve": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        "curve": before + [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         "sample": sample(model, data, settings),
         "hash": settings.hash(),
     }

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from newllm.errors import UserError
-from newllm.models.factory import model_config
+from newllm.models.factory import load_model, model_config
 from newllm.models.transformer import TransformerLM
+from newllm.paths import user_path
 
 # Our name → theirs, in each layer; qkv differs in its row order and is converted apart.
 _LAYER = {
@@ -59,6 +64,54 @@ def from_gpt_neox(model: GPTNeoXForCausalLM) -> TransformerLM:
     heads = theirs.num_attention_heads
     ours.load_state_dict({name: _from(state[their], name, heads) for name, their in _names(ours)})
     return ours.train(model.training)
+
+
+def trained_folder(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Where the weights and config.json of a run folder or model folder are, and what the latter says.
+
+    Raises UserError where there is none, or it is of another kind than newllm's and GPT-NeoX.
+    """
+    path = user_path(str(folder))
+    path = path / "model" if (path / "model" / "config.json").is_file() else path
+    if not (path / "config.json").is_file():
+        raise UserError(f"no model in {folder}: expected a run folder or one with config.json and model.safetensors")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] == "gpt_neox" or config["layer_specs"]:
+            return path, config
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: config.json is not that of a model with layers of newllm, nor of a GPT-NeoX")
+
+
+def trained_shape(folder: str | Path) -> dict[str, int]:
+    """The arguments of `create_model` that give a model the size of the one in the folder."""
+    path, config = trained_folder(folder)
+    try:
+        if config["model_type"] == "gpt_neox":
+            names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+            sizes = [int(config[name]) for name in names]
+        else:
+            first = config["layer_specs"][0]
+            sizes = [first["hidden_size"], len(config["layer_specs"]), first["num_heads"], first["intermediate_size"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: config.json does not say how large the model is ({error})") from error
+    return dict(zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), sizes, strict=True))
+
+
+def load_trained(folder: str | Path) -> TransformerLM:
+    """A model saved by newllm, or a GPT-NeoX in Hugging Face's format as one of layers of type 'pythia'.
+
+    Raises UserError where there is none, or it cannot be read.
+    """
+    path, config = trained_folder(folder)
+    if config["model_type"] != "gpt_neox":
+        return load_model(path)
+    try:
+        theirs = GPTNeoXForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    except Exception as error:  # safetensors and transformers raise many kinds for a damaged file
+        raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from error
+    return from_gpt_neox(theirs)
 
 
 def to_gpt_neox(model: TransformerLM) -> GPTNeoXForCausalLM:

@@ -36,6 +36,7 @@ from newllm.training.checkpoints import (
 from newllm.training.lagged_store import remove_states
 from newllm.training.locks import lock
 from newllm.training.projection import PROJECTION, ProjectionResult, train_projection
+from newllm.training.start import Start, start_from
 from newllm.training.suitability import check_suitability
 from newllm.training.trainer import LMTrainer, training_arguments
 
@@ -89,7 +90,7 @@ def train(
     folder receives config.yaml, metrics.jsonl, model/ (best weights by validation loss, tokenizer) and, in
     result.json under "training", the returned result; a second call returns that. settings must be resolved.
     Of a first phase: reconstruction/metrics.jsonl, and under "reconstruction" what "training" says of the second; or
-    projection/metrics.jsonl, and under "projection" a ProjectionResult.
+    projection/metrics.jsonl, and under "projection" a ProjectionResult. With start_from: under "start" a Start.
     Raises UserError when the loss is not finite or the disk is full, KeyboardInterrupt (state saved) on Ctrl-C.
 
     With settings.streaming the training text is read as streams (`data.windows.StreamDataset`). Validation is by
@@ -116,7 +117,7 @@ def _train(
     tasks: list[TaskDataset],
     folder: Path,
     on_progress: Callable[[TrainProgress], None] | None,
-) -> dict[str, TrainResult | ProjectionResult]:
+) -> dict[str, TrainResult | ProjectionResult | Start]:
     """All phases, and model/; the result of each phase by its name in result.json."""
     transformers.utils.logging.disable_progress_bar()
     set_threads(settings.threads)
@@ -125,7 +126,9 @@ def _train(
     transformers.set_seed(settings.seed)
     model = new_model(settings, data)
     use_cache = model.config.use_cache
-    results: dict[str, TrainResult | ProjectionResult] = {}
+    results: dict[str, TrainResult | ProjectionResult | Start] = {}
+    if settings.start_from is not None:
+        results["start"] = start_from(model, settings, data)
     if isinstance(model, DProjLM):
         projected = train_projection(model, settings, data, folder / PROJECTION, on_progress)
         results |= {} if projected is None else {PROJECTION: projected}

@@ -14,6 +14,7 @@ from newllm.models.layers import Layer
 from newllm.models.memory import layers_with_memories
 from newllm.models.recurrent import RecurrentLM
 from newllm.settings import CommonSettings
+from newllm.training.start import check_start
 
 
 def check_suitability(settings: CommonSettings, models: list[str]) -> None:
@@ -25,7 +26,9 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
     - Without, every window begins with empty memories: it must be longer than a segment, or none is ever read.
     - Lagged Cache Training keeps the states of windows, in the one process that trains on them; its deeper steps must
       be deeper than the others; and what makes a state that later tokens alone read learns nothing from a single pass.
+    - A trained model to start from must be there, and of their size.
     """
+    check_start(settings)
     shares = {f"--{name.replace('_', '-')}": share for name, share in task_shares(settings).items()}
     if settings.streaming and shares:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from newllm.experiments.figures import mean_figure
 from newllm.experiments.report.words import amount, count, join
 from newllm.experiments.results import Results
 
@@ -20,6 +21,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("Scored", _scored(results)),
         ("Budget", _budget(settings, results["rows"])),
         ("First phase", _first_phases(results["rows"])),
+        ("Started from", _starts(results["rows"])),
         ("Shape", _shape(settings)),
         ("Seeds", f"{count(len(seeds), 'seed')}: {', '.join(map(str, seeds))}" if seeds else ""),
         ("Machine", _machine(machine)),
@@ -101,6 +103,20 @@ def _first_phases(rows: list[dict[str, Any]]) -> str:
     for model, records in streams.items():
         iterations = _span([record["iterations"] for record in records])
         said.append(f"{model}: {iterations} iterations over {records[0]['tokens']:,} tokens")
+    return "; ".join(said)
+
+
+def _starts(rows: list[dict[str, Any]]) -> str:
+    """'pythia-small-0; validation perplexity before training: pythia 58.12, mla 75.20', or nothing."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for row in rows:
+        if start := row.get("start"):
+            found.setdefault(start["source"], {}).setdefault(row["model"], []).append(start["val_ppl"])
+    said = [
+        f"{source}; validation perplexity before training: "
+        + ", ".join(f"{model} {mean_figure(values, 2)}" for model, values in models.items())
+        for source, models in found.items()
+    ]
     return "; ".join(said)
 
 

@@ -1,0 +1,32 @@
+"""`newllm adapt`: a comparison that starts from a trained model, with the settings that fit it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from newllm.commands.evaluate import refuse_another_split
+from newllm.commands.folders import run_config
+from newllm.settings import DataSettings, ExperimentSettings, ShapeSettings
+
+OTHER_LAYERS = ["mla_geometric", "mqa", "v_dproj", "infini"]
+
+
+def settings_for(folder: str) -> dict[str, Any]:
+    """Size, tokenizer and text of the trained model; what it is compared with, and a name."""
+    from newllm.models.interop import trained_folder, trained_shape
+
+    trained = run_config(folder)
+    kept = {f.name for cls in (ShapeSettings, DataSettings) for f in dataclasses.fields(cls)} | {"scale", "plugin"}
+    of_run = {name: value for name, value in trained.items() if name in kept}
+    models = list(dict.fromkeys([trained.get("model", "pythia"), *OTHER_LAYERS]))
+    path, _ = trained_folder(folder)
+    of_model = trained_shape(folder) | {"tokenizer": str(path), "start_from": folder}
+    return of_run | of_model | {"models": models, "name": "adapt"}
+
+
+def check(settings: ExperimentSettings) -> None:
+    """Raises UserError where held-out text would be what the trained model was trained on."""
+    assert settings.start_from is not None
+    refuse_another_split(Path(settings.start_from), settings)

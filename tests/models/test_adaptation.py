@@ -1,0 +1,103 @@
+"""A trained model in other layers: where they keep everything it is the same model, and where not, the nearest."""
+
+import pytest
+import torch
+
+from newllm.errors import UserError
+from newllm.models import create_model
+from newllm.models.adaptation import adapt, directions
+
+SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "vocab_size": 60}
+GEOMETRIC = {"type": "alibi", "slopes": "geometric"}
+
+
+def model_of(name, **options):
+    """With weights far from the initial ones: biases that are not zero, attention that is not uniform."""
+    model = create_model(name, **SHAPE | options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model.double()
+
+
+def texts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(SHAPE["vocab_size"], (8, 16), generator=generator) for _ in range(8)]
+
+
+@torch.no_grad()
+def distance(source, target):
+    ids = texts()[0]
+    a, b = source(ids).logits, target(ids).logits
+    return float((a - b).square().mean().sqrt() / a.std())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "own"),
+    [
+        ("pythia", {}, 0),
+        ("mla", {"kv_dim": 32}, 0),
+        ("mla", {"kv_dim": 70, "rope_dim": 4}, 0),
+        ("v_dproj", {"value_dim": 32}, 0),
+    ],
+)
+def test_where_nothing_is_left_out_the_model_is_the_same(name, options, own):
+    source, target = model_of("pythia", position=GEOMETRIC), model_of(name, position=GEOMETRIC, **options)
+    assert distance(source, target) > 0.1
+    assert len(adapt(source, target, texts())) == own
+    assert distance(source, target) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mla", "v_dproj"])
+def test_the_more_is_kept_the_nearer_it_is(name):
+    source, width = model_of("pythia", position=GEOMETRIC), {"mla": "kv_dim", "v_dproj": "value_dim"}[name]
+    gaps = []
+    for size in (4, 16, 28):
+        target = model_of(name, position=GEOMETRIC, **{width: size})
+        adapt(source, target, texts())
+        gaps.append(distance(source, target))
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 0.5 * gaps[0]
+
+
+def test_directions_lose_least():
+    """Less than those of the plain weights, which do not know the text."""
+    torch.manual_seed(0)
+    y = torch.randn(500, 12, dtype=torch.float64) * torch.logspace(0, -2, 12, dtype=torch.float64)
+    y = y @ torch.randn(12, 12, dtype=torch.float64)
+    covariance = y.T @ y / len(y)
+    lost = [
+        float((y - y @ basis @ basis.T).square().sum())
+        for basis in (directions(covariance, 4), torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64))[0])
+    ]
+    assert lost[0] < lost[1]
+    assert lost[0] == pytest.approx(float(torch.linalg.eigvalsh(covariance)[:-4].sum()) * len(y))
+
+
+def test_equal_heads_are_one_head():
+    source = model_of("pythia")
+    with torch.no_grad():
+        for layer in source.layers:
+            for part in (layer.qkv.weight, layer.qkv.bias):
+                heads = part.unflatten(0, (3, 2, 16))
+                heads[1:, 1] = heads[1:, 0]
+    target = model_of("mqa")
+    assert adapt(source, target, texts()) == []
+    assert distance(source, target) < 1e-12
+
+
+def test_layers_that_nothing_is_known_of_keep_their_own_start():
+    source, target = model_of("pythia"), model_of("infini", segment_length=4)
+    beta = target.layers[0].beta.clone()
+    assert adapt(source, target, texts()) == ["layers.0.beta"]
+    assert torch.equal(target.layers[0].beta, beta)
+    assert torch.equal(target.layers[0].qkv.weight, source.layers[0].qkv.weight)
+
+
+def test_a_checkpoint_with_more_rows_than_words_fits_and_one_with_fewer_does_not():
+    source = model_of("pythia")
+    adapt(source, target := model_of("pythia", vocab_size=50), texts())
+    assert torch.equal(target.head.weight, source.head.weight[:50])
+    for change in ({"vocab_size": 61}, {"hidden_size": 48}, {"num_layers": 3}):
+        with pytest.raises(UserError, match="trained model has"):
+            adapt(source, model_of("pythia", **change), texts())

@@ -1,0 +1,87 @@
+"""Runs that start from a trained model: what they begin with, what is refused, and what the report says."""
+
+import json
+
+import pytest
+import torch
+from tiny_runs import SHAPE, STEP, run, tiny
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from newllm.cli import main
+from newllm.data import prepare
+from newllm.errors import UserError
+from newllm.experiments.results import read_results
+from newllm.models import load_model
+from newllm.models.interop import load_trained, max_logit_difference, trained_shape
+
+GEOMETRIC = "position.type=alibi,position.slopes=geometric"
+FEW = ["--max-tokens", str(2 * STEP), "--evaluations", "1", "--jobs", "1", "--efficiency", "false"]
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "alibi"
+    return folder, run(tiny(text, model=f"pythia:{GEOMETRIC}", precision="float32"), folder)
+
+
+def test_adapt_starts_where_the_trained_model_has_ended(trained, tmp_path, capsys):
+    folder, result = trained
+    full = f"mla:kv_dim=32,{GEOMETRIC}"
+    models = [f"pythia:{GEOMETRIC}", full, f"mla:kv_dim=2,{GEOMETRIC}", "infini:segment_length=8"]
+    out = tmp_path / "out"
+    # The text, its windows and the size are those of the run; the scale's are not.
+    assert main(["adapt", str(folder), "--models", *models, "--out", str(out), "--precision", "float32", *FEW]) == 0
+    rows = {row["model"]: row for row in read_results(out)["rows"]}
+    start = {model: row["start"]["val_loss"] for model, row in rows.items()}
+    assert start[models[0]] == pytest.approx(result.best_val_loss, abs=1e-6)
+    assert start[full] == pytest.approx(result.best_val_loss, abs=1e-4), "nothing was left out"
+    assert start[models[2]] != pytest.approx(start[full], abs=1e-5)
+    assert rows[models[3]]["start"]["own"] == ["layers.0.beta"]
+    assert rows[full]["curve"][0] == {"step": 0, "tokens": 0, "val_loss": start[full]}
+    said = (out / "report.md").read_text()
+    assert "- Started from: alibi; validation perplexity before training: pythia:position.type=alibi" in said
+    assert main(["adapt", str(folder), "--models", *models, "--out", str(out), "--precision", "float32", *FEW]) == 0
+    assert capsys.readouterr().out.count("kept from before") == 4
+
+
+def test_other_weights_are_another_run(trained, text, tmp_path):
+    folder, _ = trained
+    settings = tiny(text, model="mqa", start_from=str(folder))
+    assert settings.hash() != tiny(text, model="mqa").hash()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "model.safetensors").write_bytes((folder / "model" / "model.safetensors").read_bytes())
+    assert settings.hash() == tiny(text, model="mqa", start_from=str(copy)).hash()
+    (copy / "model.safetensors").write_bytes(b"others")
+    assert settings.hash() != tiny(text, model="mqa", start_from=str(copy)).hash()
+
+
+def test_a_checkpoint_in_the_format_of_the_hub_is_adapted(text, tmp_path):
+    data = prepare(tiny(text))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(data.tokenizer) + 20, **sizes)).eval()
+    theirs.save_pretrained(tmp_path / "neox")
+    data.tokenizer.save_pretrained(tmp_path / "neox")
+    assert trained_shape(tmp_path / "neox") == {key: SHAPE[key] for key in trained_shape(tmp_path / "neox")}
+    ids = data.splits["train"].ids[None, :64].astype("int64")
+    assert max_logit_difference(load_trained(tmp_path / "neox").eval(), theirs, torch.from_numpy(ids)) < 1e-5
+    out, place = tmp_path / "out", ["--data", str(text / "play.txt"), "--cache-dir", str(text / "cache")]
+    windows = ["--seq-length", "32", "--sliding-window", "64", "--sliding-stride", "32", "--eval-tokens", "500"]
+    models = ["--models", "pythia", "mla_geometric:kv_dim=8"]
+    assert main(["adapt", str(tmp_path / "neox"), *place, *windows, *models, "--out", str(out), *FEW]) == 0
+    assert [row["start"]["source"] for row in read_results(out)["rows"]] == ["neox"] * 2
+    assert load_model(out / "pythia-seed0").config.vocab_size == len(data.tokenizer)
+
+
+def test_what_does_not_fit_is_one_line(trained, text, tmp_path):
+    folder, _ = trained
+    for changes, message in (
+        ({"hidden_size": 64}, "--hidden-size is 64: the model in .* has 32"),
+        ({"vocab_size": 290}, "it has another tokenizer than the text: --tokenizer"),
+        ({"start_from": str(tmp_path)}, "no model in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(tiny(text, **{"model": "mqa", "start_from": str(folder)} | changes), tmp_path / "run")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="nor of a GPT-NeoX"):
+        trained_shape(tmp_path)
