@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from toy_recurrent import SHAPE, ToyLM, lively, recurrent_presets, toy
 
 from newllm.errors import UserError
@@ -88,6 +90,32 @@ def test_padding_anywhere_changes_nothing_for_real_tokens(name, real, split):
         alone = model.hidden_states(ids[row : row + 1, own])[0]
         for hidden in forms.values():
             torch.testing.assert_close(hidden[row, own], alone, **TIGHT)
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers in all results."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        self.numbers += sum(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("name", ["dproj", "context_plain", "context_pythia", "context_vector"])
+def test_the_gradient_of_a_cells_loop_costs_a_token_no_more_in_a_long_text(name):
+    """A token cut out by its index has for gradient a whole text of zeros."""
+    model, numbers = make(name).train(), []
+    for length in (32, 128):
+        ids = torch.randint(60, (1, length))
+        loss = model(ids, labels=ids).loss
+        with Written() as written:
+            loss.backward()
+        numbers.append(written.numbers / length)
+    assert numbers[1] < 1.05 * numbers[0]
 
 
 def test_embeddings_in_place_of_tokens_are_refused_by_a_line():

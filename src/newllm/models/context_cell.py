@@ -97,8 +97,8 @@ class ContextCell(nn.Module):
         shape = (len(x), self.num_contexts, self.context_size)
         c = torch.zeros(shape, dtype=dtype, device=x.device) if before is None else before
         contexts = []
-        for t in range(x.shape[1]):
-            new = self._step(driven[:, t], c)
+        for t, own in enumerate(driven.unbind(1)):  # the gradient of [:, t] would be T − 1 zeros, too
+            new = self._step(own, c)
             c = new if real is None else torch.where(real[:, t, None, None], new, c)
             contexts.append(c)
         return torch.stack(contexts, dim=1)
@@ -110,7 +110,9 @@ class ContextCell(nn.Module):
     def _step(self, driven: Tensor, c: Tensor) -> Tensor:
         """Contexts (…, K, S) after a token that has given `driven` (…, W), from those before it."""
         fed_back = self.recur(self.norm(c.flatten(-2).to(driven.dtype)))
-        a, b = self._factors(driven + F.pad(fed_back, (0, self.widths[2])))
+        if self.widths[2]:
+            fed_back = F.pad(fed_back, (0, self.widths[2]))
+        a, b = self._factors(driven + fed_back)
         return a * c + b
 
     def _factors(self, driven: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,8 @@ class ContextCell(nn.Module):
         if K > 1 and G:
             of_heads = choices.unflatten(-1, (G, K, self.num_heads))
             logits = logits + of_heads.repeat_interleave(S // self.num_heads, dim=-1)
-        write, forget = logits[..., 0, :, :], logits[..., -1, :, :]
+        of_gates = logits.unbind(-3)
+        write, forget = of_gates[0], of_gates[-1]
         a = (-forget).sigmoid()
         if self.is_linear:
             # 1 − a² = z (2 − z); its root by the logarithm of z, whose gradient is finite where z is almost 0.

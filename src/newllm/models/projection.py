@@ -174,11 +174,10 @@ class DProjLM(RecurrentLM):
         Returns:
             (B, T, P), and the state (B, P) after the last token.
         """
-        drive = self.drive(input_ids)
         state = self.no_states(input_ids[:, :1])[:, 0] if state is None else state
         projections = []
-        for t in range(input_ids.shape[1]):
-            projections.append(self.cell(state, drive[:, t]))
+        for t, drive in enumerate(self.drive(input_ids).unbind(1)):  # the gradient of [:, t] would be T − 1 zeros, too
+            projections.append(self.cell(state, drive))
             state = projections[-1] if mask is None else torch.where(mask[:, t : t + 1], projections[-1], state)
         return torch.stack(projections, dim=1), state
 
