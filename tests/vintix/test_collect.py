@@ -86,7 +86,7 @@ def test_histories_of_one_task_differ(folder):
 
 @pytest.mark.parametrize("name", ["point_reacher", "reacher", "pendulum"])
 def test_histories_improve_from_random_play_to_the_demonstrators(tmp_path, name):
-    few = settings(environment=name, train_tasks=2, test_tasks=1, validation_tasks=1, history_steps=1000)
+    few = settings(environment=name, train_tasks=16, test_tasks=1, validation_tasks=1, history_steps=1000)
     data = read_histories(collect(few, tmp_path / "data", silent))
     scores = data.metadata["history_scores"]
     assert scores[0] < 0.4

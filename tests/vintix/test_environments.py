@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from newllm.errors import UserError
 from newllm.vintix.collect import mean_score, measure
 from newllm.vintix.environments import family_names, from_spec, regions, task_family
+from newllm.vintix.play import normalised
 from newllm.vintix.settings import CollectSettings
 
 HIDDEN = ("point_reacher", "reacher", "pendulum")
@@ -197,3 +199,59 @@ def test_demonstrators_play_far_better_than_chance(name):
 def test_who_does_not_learn_the_goal_scores_next_to_nothing():
     family = family_of("point_reacher", test_tasks=64)
     assert mean_score(measure(family, "test", CollectSettings()), "blind") <= 0.15
+
+
+def learned_pendulum(rows, options):
+    """From (observation, action, observation after) so far: what fits ω' = ω + (1.5·g/l·sin θ + 3/(m·l²)·u)·0.05."""
+    estimates = []
+    for row in rows:
+        before, action, after, _ = (np.array(column) for column in zip(*row, strict=True))
+        free = np.abs(after[:, 2]) < 7.99  # the velocity is cut at 8
+        terms = np.stack([before[free, 1], action[free, 0]], axis=1)
+        change = (after[free, 2] - before[free, 2]) / 0.05
+        weight, torque = np.maximum(np.linalg.lstsq(terms, change, rcond=None)[0], 0.1)
+        estimates.append([weight / 1.5, 1.0, 3 / torque])  # as if the length were 1: it moves in the same way
+    return np.array(estimates)
+
+
+def learned_reacher(rows, options):
+    """The mean of the goals whose distance from the fingertip is what was paid."""
+    chance = np.random.default_rng(0)
+    goals = np.concatenate([regions.ring(held_out, 1500, chance, options) for held_out in (False, True)])
+    estimates = []
+    for row in rows:
+        after, reward = np.array([part[2] for part in row]), np.array([part[3] for part in row])
+        first, second = np.arctan2(after[:, 2:4], after[:, :2]).T
+        joint, tip = options["links"][0] * np.exp(1j * first), options["links"][1] * np.exp(1j * (first + second))
+        distance = np.abs((joint + tip)[:, None] - (goals[:, 0] + 1j * goals[:, 1]))
+        error = ((distance + reward[:, None]) ** 2).sum(axis=0)
+        likely = np.exp(-(error - error.min()) / (2 * 0.004**2))
+        estimates.append(likely @ goals / likely.sum())
+    return np.array(estimates)
+
+
+@pytest.mark.parametrize(
+    ("name", "learned", "least"), [("pendulum", learned_pendulum, 0.15), ("reacher", learned_reacher, 0.5)]
+)
+def test_one_episode_tells_what_is_hidden_and_knowing_it_pays(name, learned, least):
+    """Who plays blindly once, and then as the demonstrator of what fits to it, against who stays blind."""
+    family = family_of(name, test_tasks=32)
+    ids = family.task_ids("test")
+    tasks = measure(family, "test", CollectSettings(score_episodes=3))
+    env = family.make(ids, 0)
+    rows, returns, policy = [[] for _ in ids], np.zeros((len(ids), 2)), family.blind(ids)
+    observation, _ = env.reset(seed=99)
+    for episode in range(2):
+        for step in range(family.episode_length):
+            action = policy(observation).astype(np.float32)
+            after, reward, _, _, _ = env.step(action)
+            returns[:, episode] += reward
+            if step < family.episode_length - 1:
+                for row, part in zip(rows, zip(observation, action, after, reward, strict=True), strict=True):
+                    row.append(part)
+            observation = after
+        knowing = dataclasses.replace(family, parameters=learned(rows, family.options))
+        policy = knowing.demonstrator(np.arange(len(ids)))
+    scores = normalised(returns, tasks)
+    assert scores[:, 1].mean() > mean_score(tasks, "blind") + least
+    env.close()
