@@ -343,6 +343,22 @@ def test_recall_is_told_only_where_it_was_measured(tmp_path):
     assert "**Recall.** Questions answered 16 segments after the fact: pythia 96 %, gqa 94 % (2 % with its" in markdown
 
 
+def test_an_interval_says_what_it_is_over(tmp_path):
+    results = make_results(recall=True)
+    html = report(tmp_path, results)
+    assert "±: 95 % interval over seeds. A star" in html.with_suffix(".md").read_text()
+    assert "Bars are 95 % intervals over seeds. *" in html.read_text()
+    results["rows"] = [row for row in results["rows"] if row["model"] != "mqa" or row["seed"] == 0]
+    html = report(tmp_path, results)
+    assert (
+        "±: 95 % interval over seeds, of a model with one seed over the windows. A"
+        in html.with_suffix(".md").read_text()
+    )
+    assert "Bars are 95 % intervals over seeds, of a model with one seed over the windows. *" in html.read_text()
+    html = report(tmp_path, make_results(seeds=1, recall=True))
+    assert "±: 95 % interval over the windows. A star" in html.with_suffix(".md").read_text()
+
+
 def test_a_model_that_keeps_nothing_stands_at_zero_bytes():
     results = make_results(recall=True)
     for row in results["rows"]:

@@ -85,6 +85,14 @@ def measured(summaries: Iterable[ModelSummary], key: str) -> list[ModelSummary]:
     return [s for s in ranked(summaries) if s.valid and s.records(key)]
 
 
+def interval_over(shown: list[ModelSummary], key: str, sample: str) -> str:
+    """Over what the intervals of shares recorded under a key are (`estimate_share`): seeds, or one seed's sample."""
+    single = {len(summary.records(key)) == 1 for summary in shown}
+    if single == {True}:
+        return f"over the {sample}"
+    return f"over seeds, of a model with one seed over the {sample}" if True in single else "over seeds"
+
+
 def best_models(summaries: Iterable[ModelSummary], column: Column) -> set[str]:
     """The models with the best mean of a column; empty where no direction is better or all are equal.
 

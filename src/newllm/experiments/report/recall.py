@@ -8,7 +8,7 @@ from typing import Any
 from newllm.experiments.figures import figure, number
 from newllm.experiments.report.plots import LABEL_WIDTH, Figure, error_bars, label, trace
 from newllm.experiments.statistics import Estimate, estimate_share
-from newllm.experiments.summary import ModelSummary, measured
+from newllm.experiments.summary import ModelSummary, interval_over, measured
 
 KEY = "recall_across_segments"
 KNOCK_OUTS = {"zeroed": "memories zeroed", "swapped": "memories of another text"}
@@ -143,4 +143,9 @@ def recall_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     if not shown:
         return None
     recall = settings(shown)
-    return {**recall, "table": recall_table(summaries), "text": "".join(text for _, text in recall["example"])}
+    return {
+        **recall,
+        "table": recall_table(summaries),
+        "text": "".join(text for _, text in recall["example"]),
+        "interval": interval_over(shown, KEY, "windows"),
+    }

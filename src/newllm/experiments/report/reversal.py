@@ -7,7 +7,7 @@ from typing import Any
 from newllm.experiments.figures import figure, mean_figure
 from newllm.experiments.report.plots import Figure, error_bars, label, trace
 from newllm.experiments.statistics import Estimate, estimate_share
-from newllm.experiments.summary import ModelSummary, measured
+from newllm.experiments.summary import ModelSummary, interval_over, measured
 
 KEY = "reversal"
 GROUPS = {"never": "never told", "forward": "told forward", "both": "told both ways"}
@@ -104,6 +104,7 @@ def reversal_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     return {
         **{key: first[key] for key in ("pairs", "kinds", "left_out", "needed", "example")},
         "readings": _readings(shown),
+        "interval": interval_over(shown, KEY, "facts"),
         "sizes": {group: first["groups"][group]["pairs"] for group in GROUPS},
         "recall": [{"model": s.model, "cells": recall_cells(s)} for s in shown],
         "more": [{"model": s.model, "cells": more_cells(s)} for s in shown],
