@@ -144,6 +144,15 @@ def test_intervals_hold_their_value_and_shrink_with_more_tasks():
     assert widths[1] < widths[0]
 
 
+def test_intervals_are_over_models_too():
+    """Two models that score alike in all tasks: what is left to draw is which of them."""
+    apart = np.repeat(np.array([0.2, 0.8])[:, None, None], 8, axis=1)
+    result = curve(apart, resamples=300, seed=0)
+    assert [result[key] for key in ("low", "value", "high")] == [[pytest.approx(x)] for x in (0.2, 0.5, 0.8)]
+    alone = curve(apart[:1], resamples=300, seed=0)
+    assert alone["low"] == alone["high"] == [pytest.approx(0.2)]
+
+
 def test_report_of_several_seeds_and_a_control(data, tmp_path):
     small = SMALL | {"precision": "float32"}
     for run in (

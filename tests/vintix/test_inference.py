@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from vintix_stub import inputs, raw_steps, small_model
 
 from newllm.errors import UserError
+from newllm.vintix.collect import collect
+from newllm.vintix.data import HistoryDataset, read_histories, read_history
 from newllm.vintix.inference import VintixEngine
+from newllm.vintix.model import GROUP_KEYS
+from newllm.vintix.settings import CollectSettings
+from newllm.vintix.train import stack
 
 
 def play(engine, observation, reward, start, resets=()):
@@ -63,6 +68,34 @@ def test_a_row_that_is_reset_acts_as_one_that_begins(length, reset, context, dat
         assert torch.allclose(actions[row], expected, rtol=0, atol=1e-10)
         since = length - reset if row in rows else length
         assert int(engine.lengths[row]) == min(since, context)
+
+
+@pytest.mark.parametrize("environment", ["point_reacher", "pendulum"])
+def test_the_engine_reads_a_history_as_training_does(tmp_path, environment):
+    """What is collected, normalised, cut to a window and stacked, against the same steps as they come in play."""
+    few = {"train_tasks": 3, "validation_tasks": 1, "test_tasks": 1, "score_episodes": 1, "history_steps": 120}
+    folder = collect(CollectSettings(environment=environment, **few), tmp_path / "data", lambda line: None)
+    histories = read_histories(folder)
+    spec = {key: histories.metadata[key] for key in GROUP_KEYS}
+    spec |= {"action_low": [-1e3] * len(spec["action_low"]), "action_high": [1e3] * len(spec["action_low"])}
+    model = small_model(groups=[spec], context=120)
+    window = stack([HistoryDataset([histories], 120, seed=0, start_share=1.0)[0]])
+    window = {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in window.items()
+    }
+    with torch.no_grad():
+        expected = model(**window).actions[0]
+    (row,) = (n for n, taken in enumerate(histories.action) if np.array_equal(taken, window["action"][0].numpy()))
+    entry = histories.metadata["histories"][row]
+    raw = read_history(
+        folder / entry["file"], entry["steps"], histories.observation.shape[2], histories.action.shape[2]
+    )
+    engine = VintixEngine(model, 1)
+    for step in range(120):
+        reward = raw.reward[step - 1 : step] if step else np.zeros(1)
+        engine.act(raw.observation[step : step + 1], reward, raw.step_num[step : step + 1] == 0)
+        assert torch.allclose(engine.action[0], expected[step], rtol=0, atol=1e-3)
+        engine.action = torch.from_numpy(raw.action[step : step + 1]).double()  # what was done there
 
 
 def test_rows_do_not_see_each_other():
