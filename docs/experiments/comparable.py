@@ -50,7 +50,8 @@ class Comparison:
             f"{data['vocab_size']:,} words",
             "budget": f"{self.tokens or 0:,} tokens, {batch:,} in a step"
             + "".join(f", {share:.0%} of the steps on {task}" for task, share in tasks.items() if share)
-            + (", streaming" if s.get("streaming") else ""),
+            + (", streaming" if s.get("streaming") else "")
+            + (f", from the weights of {Path(s['start_from']).name}" if s.get("start_from") else ""),
             "optimiser": f"peak learning rate {s['lr']:g}; "
             + ", ".join(f"{key} {s[key]:g}" for key in optimiser if key in s),
             "windows": f"windows of {s['seq_length']} tokens, {s.get('eval_tokens') or sizes['test']:,} tokens scored, "

@@ -57,13 +57,13 @@ POSITIVE = (
     *("eval_batch_size", "sliding_stride", "jobs", *FIRST_PHASE, "gate_lr", "recall_facts"),
     *("lagged_passes", "lagged_grad_passes", "lagged_deep_passes"),
     *("projection_tokens", "projection_iterations", "projection_lr", "projection_batch", "projection_tolerance"),
-    *("efficiency_seconds", "calibration_tokens"),
+    *("efficiency_seconds", "calibration_tokens", "distil_lr"),
 )
 # A window of one token predicts nothing; the cache is measured at half of the context, and a token is decoded after it;
 # memories are swapped between two windows of recall.
 AT_LEAST = {"seq_length": 2, "position_window": 2, "sliding_window": 2, "decode_context": 4, "patience": 0}
 AT_LEAST |= {"recall_windows": 2, "projection_clip": 0, "projection_noise": 0, "projection_mean_weight": 0}
-AT_LEAST |= dict.fromkeys(("max_grad_norm", "weight_decay", "checkpoint_minutes", "lagged_memory"), 0)
+AT_LEAST |= dict.fromkeys(("max_grad_norm", "weight_decay", "checkpoint_minutes", "lagged_memory", "distil_tokens"), 0)
 SHARES = (
     "warmup_ratio",
     "min_lr_ratio",

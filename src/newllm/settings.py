@@ -112,6 +112,11 @@ class TrainingSettings:
     """Folder of a trained model, of newllm or GPT-NeoX, whose weights the models start from (`newllm adapt`)."""
     calibration_tokens: int = 32_768
     """With --start-from: tokens of the training split by which keys and values are fitted to smaller ones."""
+    distil_tokens: int = 0
+    """With --start-from: tokens on which layers that are others than the trained ones first learn to give what those
+    gave for the same input, each by itself; not in the budget. 0 for none."""
+    distil_lr: float = 1e-3
+    """Learning rate of AdamW then, falling to 0 in a line; gates have --gate-lr."""
     precision: Precision = "auto"
     """'auto' is bf16 autocast where the device computes it natively, else float32."""
     device: str = "auto"
@@ -214,6 +219,8 @@ SPECIAL = (
     "streaming",
     "start_from",
     "calibration_tokens",
+    "distil_tokens",
+    "distil_lr",
     *(
         f.name
         for cls in (RecallSettings, ReversalSettings, LaggedSettings, ProjectionSettings)

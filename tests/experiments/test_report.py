@@ -277,6 +277,17 @@ def test_what_differs_or_was_not_measured_is_not_told_as_if_it_were():
     assert "sequences" not in dict(facts.facts(results))["Text"]
 
 
+def test_what_a_model_started_from_is_told_before_and_after_distillation():
+    results = make_results(1)
+    for row in results["rows"]:
+        row["start"] = {"source": "old", "own": [], "val_ppl": 60.0, "undistilled_val_ppl": None}
+    results["rows"][1]["start"]["undistilled_val_ppl"] = 150.0
+    said = dict(facts.facts(results))["Started from"]
+    assert said.startswith("old; validation perplexity before training: pythia 60.00, pythia_alibi 150.00 → 60.00, ")
+    results["settings"]["distil_tokens"] = 262_144
+    assert "(→ after distillation on 262,144 more tokens): pythia 60.00" in dict(facts.facts(results))["Started from"]
+
+
 def test_a_model_with_memories_that_has_come_apart_is_still_reported(tmp_path):
     results = make_results(1)
     layers = [{"layer": 0, "type": "infini", "gates": [0.5], "fine_open": None}]

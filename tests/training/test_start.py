@@ -1,5 +1,6 @@
 """Runs that start from a trained model: what they begin with, what is refused, and what the report says."""
 
+import dataclasses
 import json
 
 import pytest
@@ -13,6 +14,8 @@ from newllm.errors import UserError
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.models.interop import load_trained, max_logit_difference, trained_shape
+from newllm.training.run import new_model
+from newllm.training.start import layer_by_layer, start_from
 
 GEOMETRIC = "position.type=alibi,position.slopes=geometric"
 FEW = ["--max-tokens", str(2 * STEP), "--evaluations", "1", "--jobs", "1", "--efficiency", "false"]
@@ -42,6 +45,33 @@ def test_adapt_starts_where_the_trained_model_has_ended(trained, tmp_path, capsy
     assert "- Started from: alibi; validation perplexity before training: pythia:position.type=alibi" in said
     assert main(["adapt", str(folder), "--models", *models, "--out", str(out), "--precision", "float32", *FEW]) == 0
     assert capsys.readouterr().out.count("kept from before") == 4
+
+
+def test_distillation_brings_other_layers_nearer_and_leaves_the_rest(text, tmp_path):
+    settings = tiny(text, model="mqa", start_from=str(tmp_path), max_tokens=STEP, precision="float32")
+    data = prepare(settings)
+    source = new_model(dataclasses.replace(settings, model="pythia"), data).eval()
+    with torch.no_grad():
+        for parameter in source.parameters():  # as if it had learnt much
+            parameter += 0.2 * torch.randn_like(parameter)
+    source.save_pretrained(tmp_path)
+    data.tokenizer.save_pretrained(tmp_path)
+    ids = torch.from_numpy(data.splits["test"].ids[None, :32].astype("int64"))
+    models, errors, starts = [], [], []
+    for tokens in (0, 60 * STEP):
+        models.append(new_model(settings, data))
+        starts.append(start_from(models[-1], dataclasses.replace(settings, distil_tokens=tokens), data))
+        with torch.no_grad():
+            pairs = zip(models[-1].layers, layer_by_layer(source, ids, settings), strict=True)
+            given = [(layer(x, positions=torch.arange(32)[None], mask=None, state=None), y) for layer, (x, y) in pairs]
+            errors.append(sum(float((a - y).square().mean()) for a, y in given))
+    assert errors[1] < 0.7 * errors[0]
+    assert starts[1].undistilled_val_loss == starts[0].val_loss != starts[1].val_loss
+    moved = {n for n, p in models[1].named_parameters() if not torch.equal(p, models[0].get_parameter(n))}
+    assert moved == {n for n, _ in models[1].named_parameters() if n.startswith("layers.")}
+    same = new_model(dataclasses.replace(settings, model="pythia"), data)
+    start_from(same, dataclasses.replace(settings, distil_tokens=STEP), data)
+    assert all(torch.equal(p, source.get_parameter(n)) for n, p in same.named_parameters())
 
 
 def test_other_weights_are_another_run(trained, text, tmp_path):

@@ -56,7 +56,7 @@ RECORD_KEYS = {
     "memories": ("ppl", "closed_ppl", "fine_closed_ppl", "layers"),
     "projection": ("tokens", "iterations", "converged", "curve", "before", "after", "size"),
     "reconstruction": ("tokens",),
-    "start": ("source", "val_ppl"),
+    "start": ("source", "val_ppl", "undistilled_val_ppl"),
     "reused": ("from", "created", "version", "machine"),
 }
 """What a report reads of a record."""

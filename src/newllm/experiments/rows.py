@@ -61,7 +61,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "best_step": training.best_step,
         "reconstruction": read_result(folder).get("reconstruction"),
         "projection": read_result(folder).get("projection"),
-        "start": start and start | {"val_ppl": perplexity(start["val_loss"])},
+        "start": start_figures(start) if start else None,
         "val_loss": training.best_val_loss,
         "val_ppl": perplexity(training.best_val_loss),
         "bits_per_byte": training.best_val_loss / math.log(2) * len(validation.ids) / validation.num_bytes,
@@ -87,6 +87,13 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "sample": sample(model, data, settings),
         "hash": settings.hash(),
     }
+
+
+def start_figures(start: dict[str, Any]) -> dict[str, Any]:
+    """What training from a trained model has begun with, with perplexities beside the losses."""
+    losses = {key: start[key] for key in ("val_loss", "undistilled_val_loss")}
+    ppl = {key.replace("loss", "ppl"): None if loss is None else perplexity(loss) for key, loss in losses.items()}
+    return start | ppl
 
 
 def describe_layers(model: TransformerLM) -> str:

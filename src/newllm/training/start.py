@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from newllm.data.hub import load_tokenizer
 from newllm.data.windows import WindowDataset
-from newllm.devices import resolve_device
+from newllm.devices import autocast, resolve_device, resolve_precision
 from newllm.errors import UserError
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.evaluation.reading import as_measured
@@ -17,7 +19,7 @@ from newllm.models import TransformerLM
 from newllm.models.adaptation import adapt
 from newllm.models.interop import load_trained, trained_folder, trained_shape
 from newllm.paths import user_path
-from newllm.settings import CommonSettings
+from newllm.settings import CommonSettings, RunSettings
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
@@ -30,7 +32,9 @@ class Start:
     source: str
     """Name of the folder."""
     val_loss: float
-    """Validation loss in nats per token before any training."""
+    """Validation loss in nats per token before any training as a language model."""
+    undistilled_val_loss: float | None
+    """The same before distillation; None without."""
     own: list[str]
     """Parameters of which the trained model had nothing."""
 
@@ -45,8 +49,8 @@ def check_start(settings: CommonSettings) -> None:
             raise UserError(f"{flag} is {getattr(settings, name)}: the model in {settings.start_from} has {size}")
 
 
-def start_from(model: TransformerLM, settings: CommonSettings, data: PreparedData) -> Start:
-    """Puts the weights of settings.start_from into the model.
+def start_from(model: TransformerLM, settings: RunSettings, data: PreparedData) -> Start:
+    """Puts the weights of settings.start_from into the model, and distils where the settings say so.
 
     Raises:
         UserError: its tokenizer is not the data's, or its size not the model's.
@@ -66,5 +70,66 @@ def start_from(model: TransformerLM, settings: CommonSettings, data: PreparedDat
     model.to(device)  # type: ignore[arg-type]
     with as_measured(source, "float32"):
         own = adapt(source, model, ids.split(settings.eval_batch_size))
-    loss = token_weighted_loss(model, data.splits["validation"], settings)
-    return Start(user_path(settings.start_from).resolve().name, loss, own)
+    loss, before = token_weighted_loss(model, data.splits["validation"], settings), None
+    if settings.distil_tokens:
+        distil(source, model, settings, data)
+        loss, before = token_weighted_loss(model, data.splits["validation"], settings), loss
+    return Start(user_path(settings.start_from).resolve().name, loss, before, own)
+
+
+def distil(source: TransformerLM, model: TransformerLM, settings: RunSettings, data: PreparedData) -> None:
+    """Each layer that is another than the trained one learns to give what that gave for the same input.
+
+    Its loss is the squared error over that of adding nothing, ‖f(x) − y‖² / ‖y − x‖²: 1 for a layer that passes x on.
+    What it reads comes from the trained layers, so that no layer waits for another. Nothing else of the model moves.
+    """
+    pairs = list(zip(source.layers, model.layers, strict=True))
+    others: dict[int, Any] = {n: ours for n, (theirs, ours) in enumerate(pairs) if theirs.spec != ours.spec}
+    if not others:
+        return
+    gates = {id(gate) for layer in others.values() for gate in layer.gate_parameters()}
+    groups: list[list[nn.Parameter]] = [[], []]
+    for layer in others.values():
+        for parameter in layer.parameters():
+            groups[id(parameter) in gates].append(parameter)
+    rates = (settings.distil_lr, settings.gate_lr)
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True) if group], weight_decay=0.0
+    )
+    T, B = settings.seq_length, settings.batch_size
+    assert T is not None
+    assert B is not None
+    windows = WindowDataset(data.splits["train"], T)
+    order = np.random.default_rng(settings.seed).permutation(len(windows))
+    steps = max(1, settings.distil_tokens // (B * T))
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    model.train()
+    for step in range(steps):
+        chosen = [int(order[(step * B + row) % len(order)]) for row in range(B)]
+        ids = torch.stack([windows[n]["input_ids"] for n in chosen]).to(model.device)
+        read = layer_by_layer(source, ids, settings)
+        positions = torch.arange(T, device=model.device).expand(len(ids), T)
+        with autocast(model.device, resolve_precision(settings.precision, model.device)):
+            given = [layer(read[n][0], positions=positions, mask=None, state=None) for n, layer in others.items()]
+        errors = [(y - read[n][1]).float().square().mean() for n, y in zip(others, given, strict=True)]
+        sizes = [(read[n][1] - read[n][0]).float().square().mean() for n in others]
+        loss = torch.stack(errors).div(torch.stack(sizes).clamp(min=1e-12)).sum()
+        if not loss.isfinite():
+            raise UserError(f"the error of distillation is not finite at step {step + 1}: lower --distil-lr")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        falling.step()
+
+
+def layer_by_layer(model: TransformerLM, ids: Tensor, settings: RunSettings) -> list[tuple[Tensor, Tensor]]:
+    """What every layer reads and gives for ids (B, T): (B, T, D) each."""
+    found: list[tuple[Tensor, Tensor]] = []
+    hooks = [layer.register_forward_hook(lambda m, inputs, y: found.append((inputs[0], y))) for layer in model.layers]
+    try:
+        with as_measured(model, settings.precision):
+            model.hidden_states(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

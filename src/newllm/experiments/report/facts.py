@@ -21,7 +21,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("Scored", _scored(results)),
         ("Budget", _budget(settings, results["rows"])),
         ("First phase", _first_phases(results["rows"])),
-        ("Started from", _starts(results["rows"])),
+        ("Started from", _starts(settings, results["rows"])),
         ("Shape", _shape(settings)),
         ("Seeds", f"{count(len(seeds), 'seed')}: {', '.join(map(str, seeds))}" if seeds else ""),
         ("Machine", _machine(machine)),
@@ -106,18 +106,27 @@ def _first_phases(rows: list[dict[str, Any]]) -> str:
     return "; ".join(said)
 
 
-def _starts(rows: list[dict[str, Any]]) -> str:
-    """'pythia-small-0; validation perplexity before training: pythia 58.12, mla 75.20', or nothing."""
-    found: dict[str, dict[str, list[float | None]]] = {}
+def _starts(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """'pythia-small-0; validation perplexity before training: pythia 58.12, mla 75.20', or nothing.
+
+    With distillation it is given before that and after.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if start := row.get("start"):
-            found.setdefault(start["source"], {}).setdefault(row["model"], []).append(start["val_ppl"])
-    said = [
-        f"{source}; validation perplexity before training: "
-        + ", ".join(f"{model} {mean_figure(values, 2)}" for model, values in models.items())
-        for source, models in found.items()
-    ]
-    return "; ".join(said)
+        if row.get("start"):
+            found.setdefault(row["model"], []).append(row["start"])
+    if not found:
+        return ""
+    said = []
+    for model, starts in found.items():
+        ppl = mean_figure((start["val_ppl"] for start in starts), 2)
+        distilled = any(start["undistilled_val_ppl"] is not None for start in starts)
+        before = mean_figure((start["undistilled_val_ppl"] for start in starts), 2) + " → " if distilled else ""
+        said.append(f"{model} {before}{ppl}")
+    sources = join(list(dict.fromkeys(start["source"] for starts in found.values() for start in starts)))
+    tokens = settings.get("distil_tokens")
+    distillation = f" (→ after distillation on {tokens:,} more tokens)" if tokens else ""
+    return f"{sources}; validation perplexity before training{distillation}: {', '.join(said)}"
 
 
 def _span(counts: list[int]) -> str:
