@@ -140,12 +140,13 @@ def test_flags_beat_the_config_wherever_they_stand(tmp_path, capsys):
     assert printed_config(["compare", *config], capsys)["lr"] == 1e-4
 
 
-def test_interrupt_exits_with_130(monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["train", "compare", "adapt"])
+def test_interrupt_exits_with_130(command, monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
-    assert cli.main(["train"]) == 130
+    monkeypatch.setitem(cli.COMMANDS, command, interrupted)
+    assert cli.main([command]) == 130
     assert "continues" in capsys.readouterr().err
 
 

@@ -90,6 +90,7 @@ class Place:
         return zstandard.compress(lines.encode())[:-200]
 
 
+SIZES = ("hidden_size", "num_heads", "intermediate_size")
 NEOX = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}
 COMPARE = ["compare", "--out", "never"]
 
@@ -345,6 +346,22 @@ CASES = {
         "--cache-precision belongs to the perplexity task",
     ),
     "stride without context": (lambda p: ["evaluate", p.run(), "--sliding-stride", "16"], "--sliding-stride 16"),
+    "nothing to adapt": (["adapt", "runs/none"], "no model in runs/none"),
+    "another kind of model to adapt": (
+        lambda p: ["adapt", p.model({"model_type": "llama"}, b"")],
+        "config.json is not that of a model with layers of newllm, nor of a GPT-NeoX",
+    ),
+    "a GPT-NeoX to adapt that does not say its size": (
+        lambda p: ["adapt", p.model(NEOX, b"")],
+        "config.json does not say how large the model is ('hidden_size')",
+    ),
+    "another size than that of the model to adapt": (
+        lambda p: [
+            *["adapt", p.model({"model_type": "newllm", "layer_specs": [dict.fromkeys(SIZES, 64)] * 2}, b"")],
+            *["--hidden-size", "32", "--num-heads", "8"],
+        ],
+        "--hidden-size is 32: the model in",
+    ),
     "another split of the text trained on": (
         lambda p: ["evaluate", p.run_of(f"data: {p.texts()}"), "--test-share", "0.5"],
         "another split holds out what it has read: leave it as it was, or give other text with --data",

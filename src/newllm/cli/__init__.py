@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"newllm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumable = argv[0] in ("compare", "train") or argv[:2] == ["vintix", "train"]
+        resumable = argv[0] in ("adapt", "compare", "train") or argv[:2] == ["vintix", "train"]
         continues = "; the same command continues where it was" if resumable else ""
         print(f"\nnewllm: interrupted{continues}", file=sys.stderr)
         return 130
