@@ -148,7 +148,7 @@ def test_show_with_the_model_has_its_gates(place, memory, capsys):
     assert run("show", memory, "--model", place / "infini") == 0
     *table, line = capsys.readouterr().out.splitlines()
     assert json.loads(line)["layers"][0]["gates"] == [0.5]
-    assert "share of the memory in what is mixed: 0.5" in "\n".join(table)
+    assert "weight of what is read from the memory: 0.5" in "\n".join(table)
 
 
 def asked(place, memory, capsys, *flags: object) -> str:

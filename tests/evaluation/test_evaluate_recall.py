@@ -157,6 +157,29 @@ def test_zeroed_is_as_if_nothing_was_read_and_swapped_as_if_another_text_was(dat
         assert not torch.allclose(after("swapped"), after("zeroed"), atol=1e-3)
 
 
+def test_memories_beside_attention_are_knocked_out_and_attention_is_not(data):
+    model = model_of(data, "infini_adapter", segment_length=SEGMENT)
+    windows = [RecallTask(data, settings()).evaluation_window(3, index) for index in range(4)]
+    ids = torch.stack([torch.from_numpy(window.ids) for window in windows])
+    cut = 3 * SEGMENT
+    assert has_memories(model, SEGMENT)
+
+    @torch.no_grad()
+    def after(beta, *knock_outs):
+        cache, gate = model.make_cache(), model.layers[0].beta
+        gate.zero_()  # so that the layer above keeps nothing of what was read from the memory
+        model.hidden_states(ids[:, :cut], past_key_values=cache)
+        for name in knock_outs:
+            knock_out(cache, name, windows)
+        gate.fill_(beta)
+        return model.hidden_states(ids[:, cut:], past_key_values=cache)
+
+    silent, spoken, zeroed, swapped = after(0), after(1), after(1, "zeroed"), after(1, "swapped")
+    torch.testing.assert_close(zeroed, silent, atol=1e-5, rtol=1e-5)
+    for a, b in ((spoken, zeroed), (spoken, swapped), (zeroed, swapped)):
+        assert not torch.allclose(a, b, atol=1e-3)
+
+
 def test_the_other_row_has_another_answer(data):
     task = RecallTask(data, settings())
     windows = [task.evaluation_window(1, index) for index in (0, 0, 1, 2, 2)]

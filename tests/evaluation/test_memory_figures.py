@@ -30,7 +30,7 @@ def test_models_without_memories_have_no_figures():
     assert memory_figures(create_model("segment_local", **CHECK_SHAPE), TOKENS, SETTINGS) is None
 
 
-@pytest.mark.parametrize("name", ["infini", "multi_memory", "hierarchical"])
+@pytest.mark.parametrize("name", ["infini", "multi_memory", "hierarchical", "infini_adapter"])
 def test_closing_gates_costs_what_a_model_with_closed_gates_loses_and_changes_nothing(name):
     model = make(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -48,5 +48,6 @@ def test_closing_gates_costs_what_a_model_with_closed_gates_loses_and_changes_no
         assert closed["layers"][0]["fine_open"] == 0
         assert closed["ppl"] == pytest.approx(figures["fine_closed_ppl"])
         model.load_state_dict(before)
-    model.layers[0].beta.data.fill_(-1000)
+    model.layers[0].beta.data.fill_(0 if name == "infini_adapter" else -1000)
+    assert figures["closed_ppl"] != figures["ppl"]
     assert figures["closed_ppl"] == pytest.approx(math.exp(token_weighted_loss(model, TOKENS, SETTINGS)))

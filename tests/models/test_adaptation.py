@@ -94,6 +94,57 @@ def test_layers_that_nothing_is_known_of_keep_their_own_start():
     assert torch.equal(target.layers[0].qkv.weight, source.layers[0].qkv.weight)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_memory_banks": 2, "segments_per_bank": 1, "memory_head_dim": 16, "position": GEOMETRIC},
+        {"window": 6, "use_delta_rule": False, "key_shift": True},
+    ],
+)
+@pytest.mark.parametrize("name", ["infini_adapter", "memory_adapter"])
+def test_a_memory_beside_the_trained_attention_says_nothing_at_first(name, options):
+    trained = {key: value for key, value in options.items() if key in ("position", "window")}
+    source, target = model_of("pythia", **trained).float(), model_of(name, segment_length=4, **options).float()
+    own = {name for name, _ in target.named_parameters()} - {name for name, _ in source.named_parameters()}
+    with torch.no_grad():
+        for layer in target.layers:
+            layer.reset_parameters()  # the gates, as a new model has them
+    assert set(adapt(source, target, texts())) == own
+    assert {name.rpartition(".")[2] for name in own} <= {"beta", "bank_weights"}
+    ids, cache = texts()[0], target.make_cache()
+    with torch.no_grad():
+        expected = source(ids).logits
+        torch.testing.assert_close(target(ids).logits, expected, atol=1e-6, rtol=0)
+        read = torch.cat([target(chunk, past_key_values=cache).logits for chunk in ids.split([7, 1, 8], dim=1)], dim=1)
+        torch.testing.assert_close(read, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_gate_of_a_memory_beside_the_trained_attention_learns_from_the_first_step(alone):
+    source, target = model_of("pythia"), create_model("infini_adapter", **SHAPE, segment_length=4).double()
+    adapt(source, target, texts())
+    gate, ids = target.layers[0].beta, texts()[0]
+    if alone:
+        target.requires_grad_(False)
+        gate.requires_grad_(True)
+    others = [p for p in target.parameters() if p.requires_grad and p is not gate]
+    optimizer = torch.optim.AdamW([{"params": [gate], "lr": 0.01}, {"params": others, "lr": 1e-3}], weight_decay=0)
+    before = {name: p.detach().clone() for name, p in target.named_parameters()}
+    losses = []
+    for _ in range(4):
+        loss = target(ids, labels=ids).loss
+        loss.backward()
+        assert gate.grad.abs().min() > 0
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert target.layers[0].gates().abs().min() > 0.01
+    moved = {name for name, p in target.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == ({"layers.0.beta"} if alone else set(before))
+
+
 def test_a_checkpoint_with_more_rows_than_words_fits_and_one_with_fewer_does_not():
     source = model_of("pythia")
     adapt(source, target := model_of("pythia", vocab_size=50), texts())

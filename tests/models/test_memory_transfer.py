@@ -23,14 +23,18 @@ from newllm.models.memory import merge_memory_states, take_row
 from newllm.models.memory_file import _digest, load_memory, read_memory, save_memory
 
 S = 4  # segment length
-PRESETS = ("infini", "multi_memory", "hierarchical", "infini_all")
+PRESETS = ("infini", "multi_memory", "hierarchical", "infini_all", "infini_adapter")
 
 
 def make(preset: str = "infini", *, seed: int = 0, layers: int = 2, **options) -> TransformerLM:
     """A small model with large weights, so that a memory shows in its logits."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 16, "num_layers": layers, "num_heads": 2, "intermediate_size": 16, "vocab_size": 40}
-    return create_model(preset, **shape, segment_length=S, initializer_range=0.3, **options).eval()
+    model = create_model(preset, **shape, segment_length=S, initializer_range=0.3, **options).eval()
+    for layer in model.layers if preset == "infini_adapter" else ():
+        for gate in layer.gate_parameters():  # closed at first
+            torch.nn.init.ones_(gate)
+    return model
 
 
 def text(length: int, rows: int = 1, seed: int = 0) -> torch.Tensor:

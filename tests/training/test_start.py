@@ -30,7 +30,8 @@ def trained(text, tmp_path_factory):
 def test_adapt_starts_where_the_trained_model_has_ended(trained, tmp_path, capsys):
     folder, result = trained
     full = f"mla:kv_dim=32,{GEOMETRIC}"
-    models = [f"pythia:{GEOMETRIC}", full, f"mla:kv_dim=2,{GEOMETRIC}", "infini:segment_length=8"]
+    beside = f"infini_adapter:segment_length=8,{GEOMETRIC}"
+    models = [f"pythia:{GEOMETRIC}", full, f"mla:kv_dim=2,{GEOMETRIC}", "infini:segment_length=8", beside]
     out = tmp_path / "out"
     # The text, its windows and the size are those of the run; the scale's are not.
     assert main(["adapt", str(folder), "--models", *models, "--out", str(out), "--precision", "float32", *FEW]) == 0
@@ -39,12 +40,14 @@ def test_adapt_starts_where_the_trained_model_has_ended(trained, tmp_path, capsy
     assert start[models[0]] == pytest.approx(result.best_val_loss, abs=1e-6)
     assert start[full] == pytest.approx(result.best_val_loss, abs=1e-4), "nothing was left out"
     assert start[models[2]] != pytest.approx(start[full], abs=1e-5)
-    assert rows[models[3]]["start"]["own"] == ["layers.0.beta"]
+    assert rows[models[3]]["start"]["own"] == rows[beside]["start"]["own"] == ["layers.0.beta"]
+    assert start[beside] == start[models[0]]
+    assert rows[beside]["memories"]["layers"][0]["gates"][0] != 0, "two steps have moved it"
     assert rows[full]["curve"][0] == {"step": 0, "tokens": 0, "val_loss": start[full]}
     said = (out / "report.md").read_text()
     assert "- Started from: alibi; validation perplexity before training: pythia:position.type=alibi" in said
     assert main(["adapt", str(folder), "--models", *models, "--out", str(out), "--precision", "float32", *FEW]) == 0
-    assert capsys.readouterr().out.count("kept from before") == 4
+    assert capsys.readouterr().out.count("kept from before") == 5
 
 
 def test_distillation_brings_other_layers_nearer_and_leaves_the_rest(text, tmp_path):
@@ -69,9 +72,12 @@ def test_distillation_brings_other_layers_nearer_and_leaves_the_rest(text, tmp_p
     assert starts[1].undistilled_val_loss == starts[0].val_loss != starts[1].val_loss
     moved = {n for n, p in models[1].named_parameters() if not torch.equal(p, models[0].get_parameter(n))}
     assert moved == {n for n, _ in models[1].named_parameters() if n.startswith("layers.")}
-    same = new_model(dataclasses.replace(settings, model="pythia"), data)
-    start_from(same, dataclasses.replace(settings, distil_tokens=STEP), data)
-    assert all(torch.equal(p, source.get_parameter(n)) for n, p in same.named_parameters())
+    for name in ("pythia", "infini_adapter:segment_length=8"):  # the same, and what computes the same
+        same = new_model(dataclasses.replace(settings, model=name), data)
+        start = start_from(same, dataclasses.replace(settings, distil_tokens=STEP), data)
+        assert start.val_loss == start.undistilled_val_loss
+        assert all(torch.equal(p, same.get_parameter(n)) for n, p in source.named_parameters())
+        assert not any(gate.any() for layer in same.layers for gate in layer.gate_parameters())
 
 
 def test_other_weights_are_another_run(trained, text, tmp_path):

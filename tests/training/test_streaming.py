@@ -182,6 +182,7 @@ def test_a_step_without_targets_has_no_loss_and_changes_little(tmp_path):
         ("pythia", "layer 0 of pythia .* give it a window, as in pythia:window=128"),
         ("gqa:num_kv_heads=1", "give it a window, as in gqa:num_kv_heads=1,window=128"),
         ("infini", "layer 1 of infini .* give it a window, as in infini:window=128"),
+        ("infini_adapter", "layer 0 of infini_adapter .* give it a window, as in infini_adapter:window=128"),
         ("mla", "a layer of type 'mla' has no window; train this model without --streaming"),
     ],
 )

@@ -47,6 +47,7 @@ def _compare(settings: ExperimentSettings) -> int:
     "adapt",
     "newllm adapt runs/pythia-small-0 --max-tokens 500000",
     "newllm adapt runs/pythia-small-0 --models pythia mla_geometric mla_geometric:kv_dim=64 --seeds 0 1 2",
+    "newllm adapt runs/pythia-small-0 --models pythia infini_adapter",
     "newllm adapt pythia-70m/ --data my_texts/ --models pythia mla --max-tokens 2000000",
     usage="FOLDER",
 )

@@ -10,7 +10,7 @@ from newllm.commands.evaluate import refuse_another_split
 from newllm.commands.folders import run_config
 from newllm.settings import DataSettings, ExperimentSettings, ShapeSettings
 
-OTHER_LAYERS = ["mla_geometric", "mqa", "v_dproj", "infini"]
+OTHER_LAYERS = ["mla_geometric", "mqa", "v_dproj", "infini", "infini_adapter"]
 
 
 def settings_for(folder: str) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def show(path: str, settings: RunSettings | None) -> None:
             f"{Hm} × {d} × {d} numbers, {segments} segments, {layer['bytes']:,} bytes{frozen}"
         )
         if layer["index"] in gates:
-            print(f"  {'':12} share of the memory in what is mixed: {' '.join(map(str, gates[layer['index']]))}")
+            print(f"  {'':12} weight of what is read from the memory: {' '.join(map(str, gates[layer['index']]))}")
     layers = [layer | ({"gates": gates[layer["index"]]} if gates else {}) for layer in file.layers]
     print(json.dumps(asdict(file) | {"bytes": file.bytes, "layers": layers}))
 

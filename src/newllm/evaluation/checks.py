@@ -117,6 +117,9 @@ def check_layer_types(names: list[str], **options) -> dict[str, list[CheckResult
         for parameter in model.parameters() if model.layers else ():
             if parameter.dim() > 1:
                 parameter.data.mul_(5)
+        # Nor behind a gate that starts closed.
+        for gate in (gate for layer in model.layers for gate in layer.gate_parameters()):  # type: ignore[operator]
+            gate.data.add_(0.5)
         results[name] = check_model(model, tokens=24)
     return results
 

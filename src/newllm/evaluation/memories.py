@@ -56,10 +56,11 @@ def memory_figures(model: TransformerLM, tokens: TokenFile, settings: CommonSett
 @contextlib.contextmanager
 def closed_gates(layers) -> Iterator[None]:
     """Inside, every g is 0: nothing that is read from a memory counts."""
+    layers = list(layers)
     saved = [(layer.beta, layer.beta.detach().clone()) for layer in layers]
     with torch.no_grad():
-        for beta, _ in saved:
-            beta.fill_(-torch.inf)
+        for layer in layers:
+            layer.beta.fill_(layer.closed_beta)
         try:
             yield
         finally:

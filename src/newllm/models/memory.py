@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from newllm.errors import UserError
-from newllm.models.cache import LMCache, MemoryState
+from newllm.models.cache import LMCache, memory_of
 from newllm.models.layers.base import layer_type
 from newllm.models.layers.compressive import CompressiveLayer
 
@@ -157,12 +157,10 @@ class HoldsMemory:
         """Gives the memory to a fresh cache; in training it starts from nothing."""
         if self._holds_memory():
             for n, layer in self.memory_layers().items():
-                state = cache.layers[n]
-                assert isinstance(state, MemoryState)
                 names = {part: f"{n}.{part}" for part in layer.memory_shapes()}
                 # The model may have been moved or changed its dtype since it read.
                 memory = {p: self._memory[name].to(self.device, self._memory_dtype(name)) for p, name in names.items()}
-                state.set_memory(memory)
+                memory_of(cache.layers[n]).set_memory(memory)
 
     def _check_can_hold(self) -> None:
         """Raises UserError for a model that has memories, of which it could keep a part only."""
@@ -179,8 +177,7 @@ class HoldsMemory:
         """What the cache has read, the last incomplete segment included, becomes the memory."""
         memory: MemoryTensors = {}
         for n, layer in self.memory_layers().items():
-            state = cache.layers[n]
-            assert isinstance(state, MemoryState)
+            state = memory_of(cache.layers[n])  # type: ignore[arg-type]
             layer.write_pending(state)
             memory |= {f"{n}.{part}": copy_of(tensor) for part, tensor in state.memory().items()}
         self._memory = memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ from newllm.settings import CommonSettings, RunSettings
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
+
+SAME = 1e-8
+"""A miss of `misses` that is the rounding of float32: two ways to compute the same."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,25 @@ def distil(source: TransformerLM, model: TransformerLM, settings: RunSettings, d
     """Each layer that is another than the trained one learns to give what that gave for the same input.
 
     Its loss is the squared error over that of adding nothing, ‖f(x) − y‖² / ‖y − x‖²: 1 for a layer that passes x on.
-    What it reads comes from the trained layers, so that no layer waits for another. Nothing else of the model moves.
+    What it reads comes from the trained layers, so that no layer waits for another. Nothing else of the model moves;
+    nor does a layer that gives the same already, as one with a memory beside the trained attention does.
     """
-    pairs = list(zip(source.layers, model.layers, strict=True))
+    T, B = settings.seq_length, settings.batch_size
+    assert T is not None
+    assert B is not None
+    windows = WindowDataset(data.splits["train"], T)
+    order = np.random.default_rng(settings.seed).permutation(len(windows))
+
+    def batch(step: int) -> Tensor:
+        chosen = [int(order[(step * B + row) % len(order)]) for row in range(B)]
+        return torch.stack([windows[n]["input_ids"] for n in chosen]).to(model.device)
+
+    pairs = zip(source.layers, model.layers, strict=True)
     others: dict[int, Any] = {n: ours for n, (theirs, ours) in enumerate(pairs) if theirs.spec != ours.spec}
+    exact = dataclasses.replace(settings, precision="float32")
+    with as_measured(model, exact.precision):
+        missed = misses(others, layer_by_layer(source, batch(0), exact))
+    others = {n: layer for (n, layer), miss in zip(others.items(), missed, strict=True) if not miss <= SAME}
     if not others:
         return
     gates = {id(gate) for layer in others.values() for gate in layer.gate_parameters()}
@@ -96,30 +115,30 @@ def distil(source: TransformerLM, model: TransformerLM, settings: RunSettings, d
     optimizer = torch.optim.AdamW(
         [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True) if group], weight_decay=0.0
     )
-    T, B = settings.seq_length, settings.batch_size
-    assert T is not None
-    assert B is not None
-    windows = WindowDataset(data.splits["train"], T)
-    order = np.random.default_rng(settings.seed).permutation(len(windows))
     steps = max(1, settings.distil_tokens // (B * T))
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     model.train()
     for step in range(steps):
-        chosen = [int(order[(step * B + row) % len(order)]) for row in range(B)]
-        ids = torch.stack([windows[n]["input_ids"] for n in chosen]).to(model.device)
-        read = layer_by_layer(source, ids, settings)
-        positions = torch.arange(T, device=model.device).expand(len(ids), T)
+        read = layer_by_layer(source, batch(step), settings)
         with autocast(model.device, resolve_precision(settings.precision, model.device)):
-            given = [layer(read[n][0], positions=positions, mask=None, state=None) for n, layer in others.items()]
-        errors = [(y - read[n][1]).float().square().mean() for n, y in zip(others, given, strict=True)]
-        sizes = [(read[n][1] - read[n][0]).float().square().mean() for n in others]
-        loss = torch.stack(errors).div(torch.stack(sizes).clamp(min=1e-12)).sum()
+            loss = torch.stack(misses(others, read)).sum()
         if not loss.isfinite():
             raise UserError(f"the error of distillation is not finite at step {step + 1}: lower --distil-lr")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         falling.step()
+
+
+def misses(layers: dict[int, Any], read: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """‖f(x) − y‖² / ‖y − x‖² of each of the layers f, in float32, by what `layer_by_layer` has found."""
+    found = []
+    for n, layer in layers.items():
+        x, y = read[n]
+        given = layer(x, positions=torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]), mask=None, state=None)
+        size = (y - x).float().square().mean()
+        found.append((given - y).float().square().mean() / size.clamp(min=1e-12))
+    return found
 
 
 def layer_by_layer(model: TransformerLM, ids: Tensor, settings: RunSettings) -> list[tuple[Tensor, Tensor]]:

@@ -87,8 +87,7 @@ def _check_lagged(name: str, model: TransformerLM, settings: CommonSettings) -> 
 def _check_states(name: str, model: TransformerLM) -> None:
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, Layer)
-        state = layer.make_state()
-        if isinstance(state, TokenState) and state.window is None:
+        if any(isinstance(part, TokenState) and part.window is None for part in layer.make_state().parts()):
             remedy = (
                 f"give it a window, as in {name}{_next_option(name)}window=128"
                 if "window" in layer.option_names()

@@ -4,13 +4,15 @@ State belongs to rows: its tensors have the batch as their first dimension, and 
 reset row by row, measured from its live tensors, exported and restored.
 """
 
+from newllm.models.cache.combined import CombinedState
 from newllm.models.cache.lm import LMCache, adopt
-from newllm.models.cache.memory import MemoryState
+from newllm.models.cache.memory import MemoryState, memory_of
 from newllm.models.cache.state import PRECISIONS, LayerState, RecurrentState, bytes_of, check_precision
 from newllm.models.cache.tokens import KeyValueState, LatentState, TokenState
 
 __all__ = [
     "PRECISIONS",
+    "CombinedState",
     "KeyValueState",
     "LMCache",
     "LatentState",
@@ -21,4 +23,5 @@ __all__ = [
     "adopt",
     "bytes_of",
     "check_precision",
+    "memory_of",
 ]

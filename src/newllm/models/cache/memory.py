@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from newllm.models.cache.state import RecurrentState
+from newllm.models.cache.state import LayerState, RecurrentState
 
 MEMORY = ("matrix", "normaliser", "written", "before")
 PENDING = ("keys", "values", "filled")
@@ -66,6 +66,11 @@ class MemoryState(RecurrentState):
 
     def reset_rows(self, rows: Tensor) -> None:
         self.change_rows(lambda x: torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), 0, x))
+
+
+def memory_of(state: LayerState) -> MemoryState:
+    """The memories in the state of a layer that has some."""
+    return next(part for part in state.parts() if isinstance(part, MemoryState))
 
 
 def is_memory(names: set[str]) -> bool:

@@ -39,6 +39,10 @@ class LayerState(CacheLayerMixin):
         super().__init__()
         self.seen = 0
 
+    def parts(self) -> list[LayerState]:
+        """The states this one is made of: itself, if it is no `CombinedState`."""
+        return [self]
+
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors that hold the state, each (B, …): views on the used part only."""
         raise NotImplementedError

@@ -11,6 +11,7 @@ for _module in pkgutil.iter_modules(__path__):
 from newllm.models.layers.context import ContextLayer  # noqa: E402
 from newllm.models.layers.hierarchical import HierarchicalLayer  # noqa: E402
 from newllm.models.layers.infini import InfiniLayer  # noqa: E402
+from newllm.models.layers.memory_adapter import MemoryAdapterLayer  # noqa: E402
 from newllm.models.layers.mla import MLALayer  # noqa: E402
 from newllm.models.layers.multi_memory import MultiMemoryLayer  # noqa: E402
 from newllm.models.layers.pythia import PythiaLayer  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "InfiniLayer",
     "Layer",
     "MLALayer",
+    "MemoryAdapterLayer",
     "MultiMemoryLayer",
     "PythiaLayer",
     "VDProjLayer",

@@ -5,14 +5,15 @@ The layer types differ in how many memories there are and how what is read from 
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from newllm.errors import UserError, nearest
-from newllm.models.cache import MemoryState
+from newllm.models.cache import LayerState, MemoryState
 from newllm.models.layers.base import MLP, Layer
 from newllm.models.linear import Linear
 from newllm.models.positions import create_position, position_spec
@@ -41,6 +42,9 @@ class CompressiveLayer(Layer):
 
     A segment is S real tokens of its row, wherever padding stands.
     """
+
+    closed_beta: ClassVar[float] = -math.inf
+    """The β by which nothing that is read counts: g = 0."""
 
     def __init__(
         self,
@@ -108,17 +112,19 @@ class CompressiveLayer(Layer):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: MemoryState | None) -> Tensor:  # type: ignore[override]
-        T = x.shape[1]
-        if T == 0:
+        if x.shape[1] == 0:
             return x
         q, k, v = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)  # (B, T, D)
+        return self._finish(x, self._mixed(q, k, v, mask, state))
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: MemoryState | None) -> Tensor:
+        """What T tokens (B, T, D) read and attend to, (B, T, D), before the output projection; advances the state."""
+        T = q.shape[1]
         real = None if mask is None else mask[:, mask.shape[1] - T :]
-        with exact_products(x):
+        with exact_products(q):
             if state is None:
-                mixed = self._whole(q, k, v) if real is None else self._chunk(q, k, v, real, self.make_state())
-            else:
-                mixed = self._token(q, k, v, real, state) if T == 1 else self._chunk(q, k, v, real, state)
-        return self._finish(x, mixed)
+                return self._whole(q, k, v) if real is None else self._chunk(q, k, v, real, MemoryState())
+            return self._token(q, k, v, real, state) if T == 1 else self._chunk(q, k, v, real, state)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A whole text without padding (B, T, D): its first token begins the first segment of every row."""
@@ -295,7 +301,7 @@ class CompressiveLayer(Layer):
         """Output projection of what was mixed (B, T, D), MLP, and the residual."""
         return x + self.out(mixed) + self.mlp(self.norm_mlp(x))
 
-    def make_state(self) -> MemoryState:
+    def make_state(self) -> LayerState:
         return MemoryState()
 
     def memory_bytes(self, element_size: int = 4) -> int:
@@ -309,14 +315,16 @@ class CompressiveLayer(Layer):
         return self.memory_bytes(element_size) + before + pending + 2 * 8  # and two counts, int64
 
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Row by row, token by token, head by head, over the real tokens alone."""
-        qkv = self.qkv(self.norm_attention(x))
+        return self._finish(x, self._reference_mixed(self.qkv(self.norm_attention(x)), mask))
+
+    def _reference_mixed(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """The mixed values (B, T, D), row by row, token by token, head by head, over the real tokens alone."""
         rows = []
         for b, row in enumerate(qkv):
             real = torch.arange(len(row)) if mask is None else mask[b].nonzero()[:, 0]
-            mixed = torch.zeros_like(row[:, : x.shape[2]])
+            mixed = torch.zeros_like(row[:, : self.hidden_size])
             rows.append(mixed.index_copy(0, real, self._reference_row(*row[real].chunk(3, dim=1))))
-        return self._finish(x, torch.stack(rows))
+        return torch.stack(rows)
 
     def _reference_row(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The mixed values (T, D) of one row of real tokens."""
@@ -333,8 +341,7 @@ class CompressiveLayer(Layer):
                 for h, part in enumerate(attended.split(d)):
                     known = [memory[n][h] for n in range(N)]
                     if any(bool(z.any()) for _, z in known):
-                        g = self.beta[h].sigmoid()
-                        part = g * self.reference_mix(queries[h][t], known, h) + (1 - g) * part
+                        part = self.reference_gate(self.reference_mix(queries[h][t], known, h), part, h)
                     parts.append(part)
                 out.append(torch.cat(parts))
             if N and len(local) == S:
@@ -346,6 +353,11 @@ class CompressiveLayer(Layer):
                     M, z = memory[turn][h]
                     memory[turn][h] = reference.write_memory(keys[h], values[h], M, z, self.use_delta_rule)
         return torch.stack(out)
+
+    def reference_gate(self, read: Tensor, local: Tensor, h: int) -> Tensor:
+        """What head h makes of a read (d) and what was attended to (d): (d)."""
+        g = self.beta[h].sigmoid()
+        return g * read + (1 - g) * local
 
     def reference_mix(self, q: Tensor, known: list[tuple[Tensor, Tensor]], h: int) -> Tensor:
         """What one query (d) of head h makes of N memories (M, z), at least one of which is not empty: (d)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class InfiniLayer(CompressiveLayer):
         segments_per_bank: segments written to a bank before it is the next one's turn.
     """
 
-    variants = (
+    variants: ClassVar[tuple[dict[str, Any], ...]] = (
         {"segment_length": 4},
         {"segment_length": 3, "use_delta_rule": False, "memory_head_dim": 16, "position": "alibi"},
         {"segment_length": 2, "num_memory_banks": 3, "segments_per_bank": 2, "local": "linear"},
