@@ -58,9 +58,7 @@ def adapt(parser: Parser, argv: list[str]) -> int:
     folder = parser.parse(argv).folder
     from newllm.commands import adapt as command
 
-    settings = parser.settings(parser.parse(argv, command.settings_for(folder)), complete=resolve)
-    command.check(settings)
-    return _compare(settings)
+    return _compare(parser.settings(parser.parse(argv, command.settings_for(folder)), complete=resolve))
 
 
 @command(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from newllm.commands.evaluate import refuse_another_split
 from newllm.commands.folders import run_config
-from newllm.settings import DataSettings, ExperimentSettings, ShapeSettings
+from newllm.settings import DataSettings, ShapeSettings
 
 OTHER_LAYERS = ["mla_geometric", "mqa", "v_dproj", "infini", "infini_adapter"]
 
@@ -24,9 +22,3 @@ def settings_for(folder: str) -> dict[str, Any]:
     path, _ = trained_folder(folder)
     of_model = trained_shape(folder) | {"tokenizer": str(path), "start_from": folder}
     return of_run | of_model | {"models": models, "name": "adapt"}
-
-
-def check(settings: ExperimentSettings) -> None:
-    """Raises UserError where held-out text would be what the trained model was trained on."""
-    assert settings.start_from is not None
-    refuse_another_split(Path(settings.start_from), settings)

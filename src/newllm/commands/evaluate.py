@@ -10,9 +10,8 @@ from typing import Any
 from newllm.commands.folders import model_folder, open_model, plugin_of, run_config
 from newllm.errors import UserError, nearest
 from newllm.experiments.results import finite
-from newllm.paths import user_path
 from newllm.resolution import resolve
-from newllm.settings import CommonSettings, RunSettings
+from newllm.settings import RunSettings
 
 TASKS = ["perplexity", "recall", "reversal", "recurrence", "efficiency"]
 SPLITS = ["validation", "test"]
@@ -52,11 +51,12 @@ def evaluate(
     from newllm.evaluation.perplexity import evaluate as evaluate_perplexity
     from newllm.evaluation.selective import selective_figures
     from newllm.models.cache import check_precision
+    from newllm.training.start import check_split
 
     for precision in cache_precisions or []:
         check_precision(precision)
     settings = resolve(settings)
-    refuse_another_split(folder, settings)
+    check_split(folder, settings)
     settings.model, settings.tokenizer = str(folder), str(model_folder(folder))
     settings.plugin = plugin_of(folder, settings.plugin)
     results: dict[str, Any] = {"model": str(folder)}
@@ -90,23 +90,6 @@ def evaluate(
 
         results["efficiency"] = measure_all([folder], settings)[0]
     return results
-
-
-def refuse_another_split(folder: Path, settings: CommonSettings) -> None:
-    """Raises UserError where the text of the run is to be split otherwise than it was: into what it was trained on."""
-    trained = RunSettings(**run_config(folder))
-    same_text = user_path(trained.data).resolve() == user_path(settings.data).resolve()
-    if (
-        not (folder / "config.yaml").is_file() or not same_text or settings.data == "shakespeare"
-    ):  # whose split is fixed
-        return
-    for name in ("validation_share", "test_share", "max_documents"):
-        then, now = getattr(trained, name), getattr(settings, name)
-        if then != now:
-            raise UserError(
-                f"--{name.replace('_', '-')} {now}: {folder} was trained on this text with {then}, and another split "
-                "holds out what it has read: leave it as it was, or give other text with --data"
-            )
 
 
 def print_results(results: dict[str, Any]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from newllm.data.hub import load_tokenizer
@@ -44,13 +46,35 @@ class Start:
 
 
 def check_start(settings: CommonSettings) -> None:
-    """Raises UserError where there is no such model, or it is of another size than the settings say."""
+    """Raises UserError where there is no such model, it is of another size than the settings say, or it has read what
+    they hold out."""
     if settings.start_from is None:
         return
+    check_split(settings.start_from, settings)
     for name, size in trained_shape(settings.start_from).items():
         if getattr(settings, name) != size:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is {getattr(settings, name)}: the model in {settings.start_from} has {size}")
+
+
+def check_split(folder: str | Path, settings: CommonSettings) -> None:
+    """Raises UserError where the text of a run is to be split otherwise than it was: into what it was trained on."""
+    config = user_path(str(folder)) / "config.yaml"
+    if not config.is_file() or settings.data == "shakespeare":  # whose split is fixed
+        return
+    try:
+        trained = RunSettings(**yaml.safe_load(config.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{config} does not hold the settings of a run of newllm") from error
+    if user_path(trained.data).resolve() != user_path(settings.data).resolve():
+        return
+    for name in ("validation_share", "test_share", "max_documents"):
+        then, now = getattr(trained, name), getattr(settings, name)
+        if then != now:
+            raise UserError(
+                f"--{name.replace('_', '-')} {now}: {folder} was trained on this text with {then}, and another split "
+                "holds out what it has read: leave it as it was, or give other text with --data"
+            )
 
 
 def start_from(model: TransformerLM, settings: RunSettings, data: PreparedData) -> Start:
