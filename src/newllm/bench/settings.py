@@ -201,8 +201,8 @@ class ReadingBench(LayerBench):
         return {"type": name, "num_heads": num_heads} | shape | options
 
     def rival_rows(self, num_heads: int) -> int:
-        """Rows that fit into `rival_gigabytes`: of each token a product and a sum, D²/H numbers in float32 each."""
-        row = 2 * self.seq_length * self.hidden_size**2 // num_heads * 4
+        """Rows that fit into `rival_gigabytes`: of each token one sum of products, D²/H numbers in float32."""
+        row = self.seq_length * self.hidden_size**2 // num_heads * 4
         return min(self.batch_size, int(self.rival_gigabytes * 1e9 // row))
 
     def check(self) -> None:
