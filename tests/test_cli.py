@@ -140,6 +140,16 @@ def test_flags_beat_the_config_wherever_they_stand(tmp_path, capsys):
     assert printed_config(["compare", *config], capsys)["lr"] == 1e-4
 
 
+def test_the_help_of_adapt_tells_its_own_defaults(run_folder, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["adapt", "--help"])
+    told = re.search(r"--models (.*?)--seeds", " ".join(capsys.readouterr().out.split()))[1]
+    printed = printed_config(["adapt", str(run_folder)], capsys)
+    assert (printed["models"][0], printed["name"]) == ("pythia", "adapt")
+    assert all(re.search(rf"\b{model}\b", told) for model in printed["models"][1:])
+    assert "pythia_alibi" not in told
+
+
 @pytest.mark.parametrize("command", ["train", "compare", "adapt"])
 def test_interrupt_exits_with_130(command, monkeypatch, capsys):
     def interrupted(argv):

@@ -53,12 +53,13 @@ def _compare(settings: ExperimentSettings) -> int:
 )
 def adapt(parser: Parser, argv: list[str]) -> int:
     """Put a trained model into other layers, train on, and compare with training the model on as it is."""
-    parser.add_argument("folder", metavar="FOLDER", help="Run folder, or a model folder of newllm or GPT-NeoX.")
-    parser.add_settings(ExperimentSettings)
-    folder = parser.parse(argv).folder
     from newllm.commands import adapt as command
 
-    return _compare(parser.settings(parser.parse(argv, command.settings_for(folder)), complete=resolve))
+    parser.add_argument("folder", metavar="FOLDER", help="Run folder, or a model folder of newllm or GPT-NeoX.")
+    parser.add_settings(command.AdaptSettings)
+    folder = parser.parse(argv).folder
+    settings = parser.settings(parser.parse(argv, command.settings_for(folder)), complete=resolve)
+    return _compare(ExperimentSettings(**vars(settings)))
 
 
 @command(
@@ -91,7 +92,11 @@ def evaluate(parser: Parser, argv: list[str]) -> int:
     """Measure a trained model again: perplexity on its own text or another, recall, speed and memory."""
     from newllm.commands import evaluate as run
 
-    parser.add_argument("folder", metavar="FOLDER", help="Run folder, or a folder with config.json and weights.")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="Run folder, whose settings are the defaults, or a folder with config.json and weights.",
+    )
     parser.add_argument("--tasks", nargs="+", default=["perplexity"], metavar="TASK", help=" ".join(run.TASKS))
     parser.add_argument(
         "--cache-precision",

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass, field
 from typing import Any
 
 from newllm.commands.folders import run_config
-from newllm.settings import DataSettings, ShapeSettings
+from newllm.settings import DataSettings, ExperimentSettings, ShapeSettings
 
 OTHER_LAYERS = ["mla_geometric", "mqa", "v_dproj", "infini", "infini_adapter"]
+
+
+@dataclass(kw_only=True)
+class AdaptSettings(ExperimentSettings):
+    """Size and tokenizer are those of the model in FOLDER, of a run also text, windows, scale and plugin."""
+
+    models: list[str] = field(default_factory=list)
+    """Presets or layer types to put the weights into; the first is the baseline. Default: the trained model as it is,
+    mla_geometric, mqa, v_dproj, infini and infini_adapter."""
+    name: str = "adapt"
+    """Title of the report."""
 
 
 def settings_for(folder: str) -> dict[str, Any]:
@@ -21,4 +33,4 @@ def settings_for(folder: str) -> dict[str, Any]:
     models = list(dict.fromkeys([trained.get("model", "pythia"), *OTHER_LAYERS]))
     path, _ = trained_folder(folder)
     of_model = trained_shape(folder) | {"tokenizer": str(path), "start_from": folder}
-    return of_run | of_model | {"models": models, "name": "adapt"}
+    return of_run | of_model | {"models": models}

@@ -97,7 +97,7 @@ class VintixModelSettings:
 
 @dataclass(kw_only=True)
 class VintixTrainSettings:
-    """Budget and optimiser; the defaults are those of config `small`."""
+    """Budget and optimiser; batch and optimiser are by default those of config `small`."""
 
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds of initialisation, of the order of the data and of dropout; one model for each."""
