@@ -27,10 +27,11 @@ class ContextCell(nn.Module):
     - update_forget: a = 1 − f, b = z v
     - input: a = 1 − z, b = √(1 − a²) v, which keeps the variance of v (RG-LRU, arXiv 2402.19427)
 
-    The candidate v = tanh(W_v x_t + U_v n_{t−1}), n = LayerNorm(c), is that of all contexts, and gates are
-    σ(W x_t + U n_{t−1} + g_t + β). The learned β are K·S numbers; g_t = W_g x_t is one for each context and head, so
-    that a token chooses which contexts it writes. For 'input' nothing depends on c_{t−1}: U = 0, and v is linear
-    (minGRU, arXiv 2410.01201). The recurrence is then linear in c, and computed for all tokens at once, exactly.
+    The candidate v = tanh(W_v x_t + U_v n_{t−1}), where n is the LayerNorm of all K contexts together, is one for all
+    of them, and gates are σ(W x_t + U n_{t−1} + g_t + β). The learned β are K·S numbers for each gate; g_t = W_g x_t is
+    one number for each gate, context and head, so that a token chooses which contexts it writes. For 'input'
+    nothing depends on c_{t−1}: U = 0, and v is linear (minGRU, arXiv 2410.01201). The recurrence is then linear in
+    c, and computed for all tokens at once, exactly.
 
     Time scales: σ(β) begins at 1/τ, where τ goes in geometric steps from short to long over the numbers of a context
     (chrono initialisation, arXiv 1804.11188), and begins at another place in every context, so that the K numbers that

@@ -2,7 +2,8 @@
 
 With σ the feature map of linear attention, a memory is M = Σ σ(k) vᵀ (d, dv) and z = Σ σ(k) (d) over all that was
 written. A query reads σ(q) M / (σ(q)·z), a mean of the values weighted by how well their keys fit. The delta rule
-writes v − (what k already reads) in place of v, so that an association that is known is not written twice.
+writes v − (what k already reads) into M in place of v, so that an association that is known is not written twice;
+z takes σ(k) either way, so that what is met again reads as less than its value.
 
 Everything here is in float32 at least: sums over thousands of tokens, added up in bf16, would stop growing.
 """
