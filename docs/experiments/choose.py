@@ -28,13 +28,13 @@ PAGE, PICTURE = HERE.parent / "which_memory.md", HERE / "pareto.png"
 SCREENSHOT = HERE.parent.parent / "tests" / "screenshot.py"
 PARAMETERS = ALL_COLUMNS["parameters"]
 ABOUT = (
-    "Filled: on the front, which is where no other model has both less cache and a better mean. Bars are 95 % "
-    "intervals over seeds, where there are two or more. A front of means does not know them: see the paired difference "
-    "before you believe a small step. Cache: one sequence, read from live tensors. Repeated tokens complete a pair of "
-    "tokens already seen in the window, so that they can be recalled. Decoding: time for a token after a full cache, "
-    "over that of the reference measured in the same session; the machine is not quiet, a tenth more or less is noise. "
-    "Models with the same bytes stand side by side. A triangle at the top: beyond the plot. A diamond and †: trained "
-    "on more than the others, so on no front."
+    "Filled points are on the front: no other model has both less cache and a better mean. Bars are 95 % intervals "
+    "over seeds, where there are two or more. The front knows means alone and no intervals: see the paired difference "
+    "before you believe a small step. Cache: that of one sequence, read from live tensors. Repeated tokens complete a "
+    "pair of tokens already seen in the window, so that they can be recalled. Decoding: time for a token after a full "
+    "cache, divided by that of the reference measured in the same session; the machine is not quiet, a tenth more or "
+    "less is noise. Models with the same bytes are drawn side by side. A triangle at the top: beyond the plot. A "
+    "diamond and †: trained on more than the others, and so on no front."
 )
 
 
@@ -107,7 +107,8 @@ def page(groups: list[Group], comparisons: list[Comparison], missing: list[str])
     if rows := recall_table(comparisons):
         parts.append("### Facts asked for segments later")
         parts.append(
-            "A task of its own, on which models are trained; its perplexity is no matter.\n\n" + "\n".join(rows)
+            "A task of its own, on which the models are trained; their perplexity means nothing here.\n\n"
+            + "\n".join(rows)
         )
     if missing:
         parts.append("### On no plot\n\n" + "\n".join(f"- {reason}" for reason in missing))
