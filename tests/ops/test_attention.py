@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.models.cache import KeyValueState
-from newllm.ops import attention, reference
+from newllm.ops import attention, blocked_attention, reference
 
 
 @st.composite
@@ -19,20 +19,68 @@ def cases(draw):
     return heads, T, S, draw(st.sampled_from([5, 8, 11])), slopes, window, draw(st.sampled_from([None, "left", "any"]))
 
 
-@given(case=cases(), block=st.sampled_from([1, 3, 4, 512]), direct=st.sampled_from([0, 2, 8]))
-def test_equals_its_naive_twin(case, block, direct):
+def tensors(case):
+    """Float64 queries, keys and values of a case, and the other arguments."""
     (H, Hk), T, S, value_size, scheme, window, padded = case
     slopes = {None: None, "uniform": torch.tensor([0.3]), "geometric": torch.exp2(-torch.arange(1.0, H + 1))}[scheme]
     q = torch.randn(2, H, T, 8, dtype=torch.float64)
     k, v = (torch.randn(2, Hk, S, size, dtype=torch.float64) for size in (8, value_size))
     left = torch.arange(S).expand(2, S) >= torch.tensor([[0], [min(2, S - 1)]])
     mask = {None: None, "left": left, "any": torch.rand(2, S) < 0.7}[padded]
+    return (q, k, v), {"slopes": slopes, "window": window, "mask": mask}
+
+
+@given(case=cases(), block=st.sampled_from([1, 3, 4, 512]), direct=st.sampled_from([0, 2, 8]))
+def test_equals_its_naive_twin(case, block, direct):
+    qkv, options = tensors(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
         patch.setattr(attention, "DIRECT_QUERIES", direct)
-        fast = attention.causal_attention(q, k, v, slopes=slopes, window=window, mask=mask)
-    slow = reference.attention(q, k, v, slopes=slopes, window=window, mask=mask)
+        fast = attention.causal_attention(*qkv, **options)
+    slow = reference.attention(*qkv, **options)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+
+
+@given(case=cases(), block=st.sampled_from([1, 3, 4, 128]))
+def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(case, block):
+    qkv, options = tensors(case)
+    for x in qkv:
+        x.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "DIRECT_QUERIES", 0)
+        patch.setattr(blocked_attention, "QUERIES", block)
+        patch.setattr(blocked_attention, "usable", lambda q, k: True)
+        fast = attention.causal_attention(*qkv, **options)
+        grad = torch.randn_like(fast)
+        fast_gradients = torch.autograd.grad(fast, qkv, grad)
+    slow = reference.attention(*qkv, **options)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(fast_gradients, torch.autograd.grad(slow, qkv, grad), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"slopes": torch.tensor([0.5, 0.1, 0.02, 0.004])}])
+@pytest.mark.parametrize("key_heads", [4, 1])
+def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads):
+    """Errors of results and gradients against float64, both under the autocast of training, where scores are large."""
+    exact = [torch.randn(2, heads, 300, 32, dtype=torch.float64) for heads in (4, key_heads, key_heads)]
+    exact[0] *= 4
+    low = [x.to(torch.bfloat16).requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    grad = torch.randn(2, 4, 300, 32).to(torch.bfloat16)
+
+    def outcome(qkv):
+        mixed = attention.causal_attention(*qkv, **options)
+        return mixed, *torch.autograd.grad(mixed, qkv, grad.to(mixed.dtype))
+
+    expected = outcome(exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        assert blocked_attention.usable(*low[:2])
+        ours = outcome(low)
+        patch.setattr(blocked_attention, "MOST_KEYS", 0)
+        fused = outcome(low)
+    for a, b, c in zip(ours, fused, expected, strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert (a - c).norm() < 1.5 * (b - c).norm() < 0.02 * c.norm()
 
 
 @given(

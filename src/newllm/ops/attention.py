@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.ops import native
+from newllm.ops import blocked_attention, native
 
 # Queries of one block of the parallel form: skips keys that no query of it can see, and bounds the additive mask to
 # BLOCK · S numbers, for every head where slopes are geometric, and for every row where there is padding.
@@ -48,18 +49,29 @@ def causal_attention(
     T, S = q.shape[2], k.shape[2]
     if T <= DIRECT_QUERIES:
         return _direct(q, k, v, slopes, window, mask, scale)
+    if blocked_attention.usable(q, k):
+        blocks = functools.partial(_blocks, T, S, blocked_attention.QUERIES, slopes, window, mask, q)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        return blocked_attention.blocked_attention(q, k, v, blocks, scale)
     if slopes is None and mask is None and T == S and (window is None or window >= S):
         return _sdpa(q, k, v, scale, is_causal=True)
-    blocks = []
-    for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
+    parts = [
+        _sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], scale, attn_mask=bias)
+        for start, stop, first, last, bias in _blocks(T, S, BLOCK, slopes, window, mask, q)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _blocks(
+    T: int, S: int, size: int, slopes: Tensor | None, window: int | None, mask: Tensor | None, like: Tensor
+) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """Blocks of `size` queries: start and stop of the queries, start and stop of the keys they see, additive mask."""
+    for start in range(0, T, size):
+        stop = min(start + size, T)
         last = S - T + stop  # keys behind the block's last query are invisible to all of it
         first = 0 if window is None else _first_seen(S - T + start, window, mask)
-        bias = additive_mask(
-            stop - start, last - first, slopes, window, None if mask is None else mask[:, first:last], q
-        )
-        blocks.append(_sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], scale, attn_mask=bias))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+        seen = None if mask is None else mask[:, first:last]
+        yield start, stop, first, last, additive_mask(stop - start, last - first, slopes, window, seen, like)
 
 
 def additive_mask(
