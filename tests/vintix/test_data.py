@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vintix_stub import write_dataset
 
 from newllm.errors import UserError
-from newllm.vintix.data import KEYS, METADATA, READ, Histories, History, HistoryDataset, read_histories, read_history
+from newllm.vintix.data import KEYS, METADATA, Histories, History, HistoryDataset, read_histories, read_history
 from newllm.vintix.data import write_history as write
 
 
@@ -149,7 +150,7 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path_factory, where, bit):
         assert np.array_equal(back.reward, history(25).reward)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}', '{"format": 1}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", "[" * 100_000, '{"format": 0}', '{"format": 1}'])
 def test_a_folder_without_sound_metadata_is_refused_with_its_name(tmp_path, content):
     if content is not None:
         (tmp_path / METADATA).write_text(content)
@@ -157,54 +158,14 @@ def test_a_folder_without_sound_metadata_is_refused_with_its_name(tmp_path, cont
         read_histories(tmp_path)
 
 
-def test_metadata_that_lack_something_are_refused_by_what_they_lack(tmp_path):
-    metadata = dict.fromkeys(READ, 0) | {"format": 1}
-    del metadata["reward_scale"]
-    (tmp_path / METADATA).write_text(json.dumps(metadata))
-    with pytest.raises(UserError, match=rf"{METADATA}: incomplete: it lacks reward_scale;"):
-        read_histories(tmp_path)
-
-
-def dataset(folder, **changes):
-    """One history of 12 steps; values of its metadata may be changed."""
-    write(folder / "a.h5", history(12), 10)
-    metadata = {"format": 1, "name": "x", "observation_dim": 3, "action_dim": 2, "reward_scale": 2.0}
-    metadata |= {"observation_mean": [1.0, 2.0, 3.0], "observation_std": [1.0, 2.0, 4.0]}
-    metadata |= {"histories": [{"file": "a.h5", "task": 0, "steps": 12}]}
-    metadata |= {"family": {}, "action_low": [-1, -1], "action_high": [1, 1], "tasks": {}, "collect": {}}
-    (folder / METADATA).write_text(json.dumps(metadata | changes))
-    return folder
-
-
 def test_histories_are_normalised_by_what_the_metadata_say(tmp_path):
-    read = read_histories(dataset(tmp_path))
-    assert np.allclose(read.observation[0] * [1, 2, 4] + [1, 2, 3], history(12).observation, atol=1e-6)
-    assert np.allclose(read.reward[0], 2 * history(12).reward)
-    assert np.array_equal(read.action[0], history(12).action)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"histories": []}, "no histories"),
-        ({"histories": 0}, "TypeError"),
-        ({"histories": [{"task": 0, "steps": 12}]}, "KeyError: 'file'"),
-        ({"observation_mean": [0.0, 0.0]}, "3 observed numbers"),
-        ({"observation_std": [1.0, 0.0, 1.0]}, "3 observed numbers"),
-        ({"reward_scale": float("nan")}, "3 observed numbers"),
-        ({"reward_scale": "x"}, "ValueError"),
-    ],
-)
-def test_metadata_whose_values_make_no_sense_are_refused_with_their_name(tmp_path, changes, message):
-    with pytest.raises(UserError, match=rf"{METADATA}: broken: .*{message}"):
-        read_histories(dataset(tmp_path, **changes))
-
-
-def test_histories_of_different_lengths_are_refused(tmp_path):
-    write(tmp_path / "b.h5", history(9), 10)
-    files = [{"file": "a.h5", "task": 0, "steps": 12}, {"file": "b.h5", "task": 1, "steps": 9}]
-    with pytest.raises(UserError, match="different lengths, from 9 to 12 steps"):
-        read_histories(dataset(tmp_path, histories=files))
+    folder = write_dataset(tmp_path / "histories")
+    metadata = json.loads((folder / METADATA).read_text())
+    read, raw = read_histories(folder), read_history(folder / "2.h5", 48, 4, 2)
+    mean, std = (np.array(metadata[key]) for key in ("observation_mean", "observation_std"))
+    assert np.allclose(read.observation[2] * std + mean, raw.observation, atol=1e-6)
+    assert np.allclose(read.reward[2], metadata["reward_scale"] * raw.reward)
+    assert np.array_equal(read.action[2], raw.action)
 
 
 @given(

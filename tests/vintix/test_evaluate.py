@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from vintix_stub import SMALL, group, small_model, write_dataset
+from vintix_stub import SMALL, group, small_model, told_of, write_dataset
 
 from newllm.errors import UserError
 from newllm.settings import to_yaml
@@ -205,8 +205,8 @@ def finished(folder, *, collect=None, options=None, **values):
     """A run folder as training leaves it, but for its weights: for what is refused before anything is played."""
     folder.mkdir(parents=True)
     run = VintixRun(**SMALL | {"precision": "float32"} | values)
-    collect = CollectSettings(**collect or {})
-    data = {"name": "point_reacher", "collect": dataclasses.asdict(collect), "family": {"options": options}}
+    few = {"train_tasks": 2, "validation_tasks": 1, "test_tasks": 2}
+    data = told_of(CollectSettings(**few | (collect or {})), **options or {})
     (folder / "config.yaml").write_text(to_yaml(run))
     (folder / "data.json").write_text(json.dumps([data]))
     (folder / "metrics.jsonl").write_text("")

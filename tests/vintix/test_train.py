@@ -15,7 +15,7 @@ from newllm import devices
 from newllm.errors import UserError
 from newllm.vintix import train as module
 from newllm.vintix.data import HistoryDataset
-from newllm.vintix.environments import TaskFamily
+from newllm.vintix.environments import TaskFamily, from_spec
 from newllm.vintix.model import VintixModel
 from newllm.vintix.settings import VintixRun
 from newllm.vintix.train import train
@@ -152,8 +152,9 @@ def test_the_target_is_what_was_done_or_what_the_demonstrator_would_have_done(da
     random, played = (
         module.read_histories(path) for path in (data, write_dataset(tmp_path / "demonstrator", noise_free=True))
     )
-    assert np.allclose(module.demonstrated(played), played.action, atol=1e-4)
-    random.target = module.demonstrated(random)
+    family = from_spec(random.metadata["family"])
+    assert np.allclose(module.demonstrated(played, family), played.action, atol=1e-4)
+    random.target = module.demonstrated(random, family)
     assert not np.allclose(random.target, random.action, atol=0.1)
     window = HistoryDataset([random], 24, seed=0, start_share=1.0)[0]
     row = int(np.flatnonzero([np.array_equal(window["action"], target[:24]) for target in random.target])[0])
@@ -176,3 +177,9 @@ def test_other_files_and_a_loss_that_is_not_finite_are_refused(data, tmp_path):
         train(VintixRun(**SMALL), [data], tmp_path / "mine")
     with pytest.raises(UserError, match="training loss"):
         train(VintixRun(**SMALL, lr=1e30, max_grad_norm=0.0), [data], tmp_path / "run")
+
+
+def test_a_score_that_is_not_finite_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "in_context_score", lambda *given: float("nan"))
+    with pytest.raises(UserError, match="seed-0: the in-context score is nan at step 2"):
+        train(VintixRun(**SMALL), [data], tmp_path / "run")

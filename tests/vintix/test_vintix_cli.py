@@ -63,7 +63,7 @@ def test_configs_hold_settings_that_fit_together(name, capsys):
         (["evaluate", "x", "--threads", "0"], "--threads is 0: it must be at least 1"),
         (["train", "file.txt"], "file.txt: no folder with a metadata.json"),
         (["evaluate", "file.txt"], "file.txt: no such folder"),
-        (["train", "half"], "half/metadata.json: incomplete: it lacks name, family"),
+        (["train", "half"], "half/metadata.json: broken: it lacks name, family"),
     ],
 )
 def test_what_is_wrong_takes_one_line(argv, message, capsys, tmp_path, monkeypatch):

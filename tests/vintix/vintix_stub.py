@@ -103,7 +103,8 @@ def write_dataset(folder, *, train_tasks=6, steps=48, noise_free=False, environm
             record(policy, ids, 240)[2].mean(1) * family.episode_length for policy in (random, family.demonstrator(ids))
         ]
         tasks[split] = [
-            {"id": int(i), "random": float(r), "demonstrator": float(d), "blind": float(r)}
+            {"id": int(i), "parameters": dict(zip(family.parameter_names, family.parameters[i].tolist(), strict=True))}
+            | {"random": float(r), "demonstrator": float(d), "blind": float(r)}
             for i, r, d in zip(ids, *returns, strict=True)
         ]
     metadata = {
@@ -123,3 +124,28 @@ def write_dataset(folder, *, train_tasks=6, steps=48, noise_free=False, environm
     }
     (folder / "metadata.json").write_text(json.dumps(metadata))
     return folder
+
+
+def told_of(settings, **options):
+    """The metadata that a run keeps of histories of these settings, as if they had been played; options of the family
+    may be others."""
+    family = task_family(settings)
+    spec = family.spec()
+    parameters = [dict(zip(family.parameter_names, row, strict=True)) for row in family.parameters.tolist()]
+    returns = {"random": 0.0, "demonstrator": 1.0, "blind": 0.5}
+    return {
+        "name": family.name,
+        "family": spec | {"options": spec["options"] | options},
+        "observation_dim": family.observation_size,
+        "action_dim": family.action_size,
+        "action_low": family.action_low.tolist(),
+        "action_high": family.action_high.tolist(),
+        "observation_mean": [0.0] * family.observation_size,
+        "observation_std": [1.0] * family.observation_size,
+        "reward_scale": 1.0,
+        "tasks": {
+            split: [{"id": int(i), "parameters": parameters[i]} | returns for i in family.task_ids(split)]
+            for split in family.counts
+        },
+        "collect": collect_values(settings),
+    }

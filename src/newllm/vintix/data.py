@@ -19,17 +19,15 @@ import numpy as np
 
 from newllm.errors import UserError
 from newllm.vintix import require
+from newllm.vintix.metadata import flaw
 
 METADATA = "metadata.json"
+DATA_FILE = "data.json"
+"""In the folder of a run: the metadata of what it was trained on, but for the list of histories."""
 FORMAT = 1
 """Raised whenever older folders could not be read as they are."""
 COLUMNS = {"proprio_observation": np.float32, "action": np.float32, "reward": np.float32, "step_num": np.int32}
 KEYS = tuple(COLUMNS)
-READ = (
-    *("name", "family", "observation_dim", "action_dim", "action_low", "action_high"),
-    *("observation_mean", "observation_std", "reward_scale", "tasks", "collect", "histories"),
-)
-"""Of the metadata, what training and evaluation need."""
 
 
 @dataclass
@@ -70,25 +68,25 @@ def read_history(path: Path, steps: int, observation_size: int, action_size: int
         firsts = [_first_step(name) for name in names]
         columns = {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; {_AGAIN}") from None
+        raise UserError(f"{path}: missing; {AGAIN}") from None
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # damage shows in many ways
-        raise UserError(f"{path}: broken: {error}; {_AGAIN}") from None
+        raise UserError(f"{path}: broken: {error}; {AGAIN}") from None
     if names != [f"{first}-{end - 1}" for first, end in zip([0, *firsts[1:]], [*firsts[1:], steps], strict=True)]:
         raise UserError(
-            f"{path}: incomplete: steps are missing between those of the groups {', '.join(names)}; {_AGAIN}"
+            f"{path}: incomplete: steps are missing between those of the groups {', '.join(names)}; {AGAIN}"
         )
     shapes = dict(zip(KEYS, ((steps, observation_size), (steps, action_size), (steps,), (steps,)), strict=True))
     for key, shape in shapes.items():
         if columns[key].dtype != COLUMNS[key]:
-            raise UserError(f"{path}: {key} is {columns[key].dtype}, not {np.dtype(COLUMNS[key])}; {_AGAIN}")
+            raise UserError(f"{path}: {key} is {columns[key].dtype}, not {np.dtype(COLUMNS[key])}; {AGAIN}")
         if columns[key].shape != shape:
-            raise UserError(f"{path}: {key} has the shape {columns[key].shape}, not {shape}; {_AGAIN}")
+            raise UserError(f"{path}: {key} has the shape {columns[key].shape}, not {shape}; {AGAIN}")
         if not np.isfinite(columns[key]).all():
-            raise UserError(f"{path}: {key} has values that are not finite; {_AGAIN}")
+            raise UserError(f"{path}: {key} has values that are not finite; {AGAIN}")
     return History(*(columns[key] for key in KEYS))
 
 
-_AGAIN = "collect the histories again into a new folder"
+AGAIN = "collect the histories again into a new folder"
 
 
 def _first_step(name: str) -> int:
@@ -100,7 +98,7 @@ class Histories:
     """A collected dataset in memory: H histories of N steps each, of one family of tasks."""
 
     metadata: dict[str, Any]
-    """metadata.json; among it 'name', 'family' (for `environments.from_spec`), 'observation_dim', 'action_dim',
+    """metadata.json; among it 'name', 'family' (for `metadata.read_family`), 'observation_dim', 'action_dim',
     'action_low', 'action_high', 'observation_mean', 'observation_std', 'reward_scale', and 'tasks': for each split a
     list of {'id', 'parameters', 'random', 'demonstrator', 'blind'}, the last three being mean returns."""
     observation: np.ndarray
@@ -120,39 +118,32 @@ class Histories:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """metadata.json of a dataset. Raises UserError where the folder is none."""
+    """metadata.json of a dataset. Raises UserError where the folder is none, or a value makes no sense."""
     path = folder / METADATA
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: no folder with a {METADATA}; make histories with newllm vintix collect") from None
-    except ValueError:
-        raise UserError(f"{path}: broken: not valid JSON; {_AGAIN}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: broken: not valid JSON; {AGAIN}") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: not the metadata of histories in format {FORMAT}; {_AGAIN}")
-    if missing := [key for key in READ if key not in metadata]:
-        raise UserError(f"{path}: incomplete: it lacks {', '.join(missing)}; {_AGAIN}")
+        raise UserError(f"{path}: not the metadata of histories in format {FORMAT}; {AGAIN}")
+    if (what := flaw(metadata, histories=True)) is not None:
+        raise _broken(folder, what)
     return metadata
 
 
 def read_histories(folder: Path) -> Histories:
     """Reads and checks a whole dataset. Raises UserError with the name of a broken, missing or incomplete file."""
     metadata = read_metadata(folder)
-    try:
-        sizes = metadata["observation_dim"], metadata["action_dim"]
-        files = [(folder / entry["file"], int(entry["steps"])) for entry in metadata["histories"]]
-        mean, std = (np.array(metadata[key], dtype=np.float32) for key in ("observation_mean", "observation_std"))
-        scale = np.float32(metadata["reward_scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(folder, f"{type(error).__name__}: {error}") from None
+    sizes = metadata["observation_dim"], metadata["action_dim"]
+    files = [(folder / entry["file"], entry["steps"]) for entry in metadata["histories"]]
     lengths = sorted({steps for _, steps in files})
     if len(lengths) != 1:
-        what = (
-            f"histories of different lengths, from {lengths[0]} to {lengths[-1]} steps" if lengths else "no histories"
-        )
+        what = f"histories of different lengths, from {lengths[0]} to {lengths[-1]} steps"
         raise _broken(folder, f"{what}, where all must be equally long")
-    if not mean.shape == std.shape == (sizes[0],) or not np.isfinite([*mean, *std, scale]).all() or not (std > 0).all():
-        raise _broken(folder, f"mean, deviation or scale do not fit to {sizes[0]} observed numbers")
+    mean, std = (np.array(metadata[key], dtype=np.float32) for key in ("observation_mean", "observation_std"))
+    scale = np.float32(metadata["reward_scale"])
     histories = [read_history(path, steps, *sizes) for path, steps in files]
     return Histories(
         metadata=metadata,
@@ -164,7 +155,7 @@ def read_histories(folder: Path) -> Histories:
 
 
 def _broken(folder: Path, what: str) -> UserError:
-    return UserError(f"{folder / METADATA}: broken: {what}; {_AGAIN}")
+    return UserError(f"{folder / METADATA}: broken: {what}; {AGAIN}")
 
 
 class HistoryDataset:

@@ -15,9 +15,11 @@ import transformers
 from newllm.devices import machine_info, resolve_device, set_threads
 from newllm.errors import UserError
 from newllm.training.checkpoints import write_whole
-from newllm.vintix.environments import from_spec
+from newllm.vintix.data import DATA_FILE
 from newllm.vintix.inference import VintixEngine
+from newllm.vintix.metadata import read_family
 from newllm.vintix.play import agent, curve, normalised, play, random_policy, without_memory
+from newllm.vintix.runs import AGAIN as RUN_AGAIN
 from newllm.vintix.runs import Run, check_alike, find_runs, load_weights
 from newllm.vintix.settings import VintixEvaluateSettings, VintixSettings, training_fields
 
@@ -66,7 +68,7 @@ def _evaluate_family(
 ) -> dict[str, Any]:
     """Curves of all ways to play one family's test tasks, and what the report draws of the first model's play."""
     metadata = runs[0].data[group]
-    family = from_spec(metadata["family"])
+    family = read_family(metadata, runs[0].folder / DATA_FILE, RUN_AGAIN)
     task_ids, tasks, seed = family.task_ids("test"), metadata["tasks"]["test"], settings.evaluate_seed
     start = EVALUATION_SEED + seed
     scores: dict[str, list[np.ndarray]] = {}

@@ -5,18 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
 from newllm.errors import UserError
 from newllm.training.checkpoints import read_result
-from newllm.vintix.settings import VintixRun, training_fields
+from newllm.vintix.data import DATA_FILE
+from newllm.vintix.metadata import flaw
+from newllm.vintix.settings import VintixRun, fits, training_fields
 
 if TYPE_CHECKING:
     from newllm.vintix.model import VintixModel
+
+
+AGAIN = "move it away, and newllm vintix train makes it again"
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,23 @@ def _read_run(folder: Path, result: dict[str, Any]) -> Run:
     """Raises UserError for files that training has not left so."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        data = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
         curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, dict) or config.keys() != {f.name for f in fields(VintixRun)}:
+    settings = get_type_hints(VintixRun)
+    if not isinstance(config, dict) or config.keys() != settings.keys():
         raise _damaged(folder, "config.yaml does not hold all settings")
-    if not isinstance(data, list) or not all(isinstance(group, dict) for group in data):
-        raise _damaged(folder, "data.json is no list of objects")
+    if wrong := [name for name, hint in settings.items() if not fits(config[name], hint)]:
+        raise _damaged(folder, f"config.yaml: {wrong[0]} is {config[wrong[0]]!r}, which is no value of it")
+    if not isinstance(data, list) or not data or not all(isinstance(group, dict) for group in data):
+        raise _damaged(folder, f"{DATA_FILE} is no list of objects")
+    for what in filter(None, (flaw(group, histories=False) for group in data)):
+        raise _damaged(folder, f"{DATA_FILE}: {what}")
+    if not all(isinstance(line, dict) for line in curve):
+        raise _damaged(folder, "metrics.jsonl has lines that are no objects")
+    if not isinstance(result["training"], dict):
+        raise _damaged(folder, "result.json does not say how the training ended")
     return Run(folder, config, result, data, curve)
 
 
@@ -114,7 +128,7 @@ def load_weights(run: Run) -> VintixModel:
 
 
 def _damaged(folder: Path, what: str) -> UserError:
-    return UserError(f"{folder} is damaged ({what}): move it away, and newllm vintix train makes it again")
+    return UserError(f"{folder} is damaged ({what}): {AGAIN}")
 
 
 def check_alike(runs: list[Run]) -> None:

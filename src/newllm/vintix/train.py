@@ -28,15 +28,15 @@ from newllm.training.checkpoints import (
     write_whole,
 )
 from newllm.training.locks import lock
-from newllm.vintix.data import Histories, HistoryDataset, read_histories
-from newllm.vintix.environments import TaskFamily, from_spec
+from newllm.vintix.data import AGAIN, DATA_FILE, METADATA, Histories, HistoryDataset, read_histories
+from newllm.vintix.environments import TaskFamily
 from newllm.vintix.inference import VintixEngine
+from newllm.vintix.metadata import read_family
 from newllm.vintix.model import GROUP_KEYS, VintixConfig, VintixModel
 from newllm.vintix.play import agent, interquartile_mean, normalised, play
 from newllm.vintix.settings import VintixModelSettings, VintixRun, model_values
 from newllm.vintix.trainer import VintixProgress, VintixTrainer
 
-DATA_FILE = "data.json"
 VALIDATION_SEED = 1_000_003  # of the starting states of validation tasks: the same at every evaluation of every run
 
 
@@ -70,15 +70,18 @@ def train(
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
     run = replace(run, precision=resolve_precision(run.precision, resolve_device(run.device)))
     data = [read_histories(path) for path in data_folders]
+    families = [
+        read_family(histories.metadata, path / METADATA, AGAIN)
+        for histories, path in zip(data, data_folders, strict=True)
+    ]
     if run.target == "demonstrator":
-        for histories in data:
-            histories.target = demonstrated(histories)
+        for histories, family in zip(data, families, strict=True):
+            histories.target = demonstrated(histories, family)
     # What cannot be trained on or played is refused here, before the folder of a finished run might be moved aside.
     windows_per_step = run.batch_size * run.gradient_accumulation
     windows = HistoryDataset(
         data, run.context, run.seed, run.steps * windows_per_step, block=run.batch_size, start_share=run.start_share
     )
-    families = [from_spec(histories.metadata["family"]) for histories in data]
     facts = [{key: value for key, value in histories.metadata.items() if key != "histories"} for histories in data]
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     with lock(folder), explaining_full_disk(folder):
@@ -124,11 +127,11 @@ def _train(
     )
 
 
-def demonstrated(histories: Histories) -> np.ndarray:
+def demonstrated(histories: Histories, family: TaskFamily) -> np.ndarray:
     """(H, N, da) what the demonstrator of each history's task would have done, without noise, at each of its steps."""
     metadata = histories.metadata
     mean, std = (np.array(metadata[key], dtype=np.float32) for key in ("observation_mean", "observation_std"))
-    act = from_spec(metadata["family"]).demonstrator(np.array([entry["task"] for entry in metadata["histories"]]))
+    act = family.demonstrator(np.array([entry["task"] for entry in metadata["histories"]]))
     steps = [act(observation * std + mean) for observation in histories.observation.swapaxes(0, 1)]
     return np.stack(steps, axis=1).astype(np.float32)
 

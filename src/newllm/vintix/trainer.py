@@ -35,7 +35,7 @@ class VintixProgress:
 
 
 class VintixFlow(ScheduledFlow):
-    """The flow of an action model: ends as well where the loss is not finite."""
+    """The flow of an action model: ends as well where the loss or the score is not finite."""
 
     def __init__(self, run: VintixRun) -> None:
         super().__init__(Schedule.evenly(run.steps, run.evaluations), run.checkpoint_minutes)
@@ -47,6 +47,11 @@ class VintixFlow(ScheduledFlow):
             raise UserError(
                 f"{self.run.name}: the training loss is {entry['loss']} at step {state.global_step} "
                 f"(lr {self.run.lr:g}): try a lower --lr or --precision float32; the last checkpoint is kept"
+            )
+        if not math.isfinite(entry.get("eval_score", 0.0)):
+            raise UserError(
+                f"{self.run.name}: the in-context score is {entry['eval_score']} at step {state.global_step}: play in "
+                "the validation tasks gives returns that are not finite; collect the histories again into a new folder"
             )
 
 
