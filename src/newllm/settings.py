@@ -106,8 +106,8 @@ class TrainingSettings:
     reconstruction_lr: float = 1e-3
     """Peak learning rate of the first phase, for models that have one (v_dproj with restore=two_phase)."""
     reconstruction_epochs: float = 10
-    """Passes of the first phase over the samples, and as many validation losses; fewer where --max-tokens or
-    --patience ends it."""
+    """Passes of the first phase over the samples (fewer where --max-tokens ends it), and how often it measures its
+    validation loss; --patience may end it sooner."""
     start_from: str | None = None
     """Folder of a trained model, of newllm or GPT-NeoX, whose weights the models start from (`newllm adapt`)."""
     calibration_tokens: int = 32_768
@@ -289,7 +289,8 @@ class ExperimentSettings(CommonSettings):
     text are taken from there instead of trained again. docs/experiments/*.json are such files."""
     jobs: int | None = None
     """Runs trained at the same time, each in a process of its own on its share of the threads. None: on a CPU as many
-    as there are cores, but not more than runs nor than one for each 4 GiB of memory; on a GPU one."""
+    as there are cores, or as have --threads each, but not more than runs nor than one for each 4 GiB of memory; on a
+    GPU one."""
 
     def runs(self) -> list[RunSettings]:
         """One RunSettings for each seed and model, seed by seed, so that a partial comparison is a fair one."""
