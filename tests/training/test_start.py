@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
-from tiny_runs import SHAPE, STEP, run, tiny
+from tiny_runs import SHAPE, STEP, metrics, run, tiny
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from newllm.cli import main
@@ -14,8 +15,10 @@ from newllm.errors import UserError
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.models.interop import load_trained, max_logit_difference, trained_shape
+from newllm.training import start
+from newllm.training.checkpoints import checkpoints, read_result
 from newllm.training.run import new_model
-from newllm.training.start import layer_by_layer, start_from
+from newllm.training.start import layer_by_layer, misses, start_from
 
 GEOMETRIC = "position.type=alibi,position.slopes=geometric"
 FEW = ["--max-tokens", str(2 * STEP), "--evaluations", "1", "--jobs", "1", "--efficiency", "false"]
@@ -78,6 +81,36 @@ def test_distillation_brings_other_layers_nearer_and_leaves_the_rest(text, tmp_p
         assert start.val_loss == start.undistilled_val_loss
         assert all(torch.equal(p, same.get_parameter(n)) for n, p in source.named_parameters())
         assert not any(gate.any() for layer in same.layers for gate in layer.gate_parameters())
+
+
+def test_an_interruption_changes_neither_the_weights_nor_what_the_run_began_with(trained, text, tmp_path, monkeypatch):
+    """Once in distillation, which begins anew, and once in training, which goes on from where it was."""
+    folder, _ = trained
+    budget = {"max_tokens": 6 * STEP, "distil_tokens": 6 * STEP}
+    settings = tiny(text, model=f"mla:kv_dim=8,{GEOMETRIC}", start_from=str(folder), **budget)
+    run(settings, tmp_path / "whole")
+    distilled = []
+
+    def interrupting(*given):
+        distilled.append(1)
+        if len(distilled) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return misses(*given)
+
+    monkeypatch.setattr(start, "misses", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "run")
+    assert len(distilled) == 4
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "run", lambda now: signal.raise_signal(signal.SIGINT) if now.step == 4 else None)
+    assert not (tmp_path / "run" / "model").exists()
+    assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "checkpoint-5"
+    run(settings, tmp_path / "run")
+    ours, theirs = (tmp_path / name / "model" / "model.safetensors" for name in ("run", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert read_result(tmp_path / "run")["start"] == read_result(tmp_path / "whole")["start"]
+    ours, theirs = ([line | {"seconds": 0} for line in metrics(tmp_path / name)] for name in ("run", "whole"))
+    assert ours == theirs
 
 
 def test_other_weights_are_another_run(trained, text, tmp_path):
