@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -104,6 +104,19 @@ def check_seeds(name: str, value: int | list[int], limit: int = SEEDS) -> None:
     """Raises UserError for a seed of this setting that is negative or not below the limit."""
     if any(not 0 <= seed < limit for seed in (value if isinstance(value, list) else [value])):
         raise UserError(f"--{name.replace('_', '-')} is {value}: a seed is a whole number from 0 to {limit - 1}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from a file is of the type that a field of a dataclass has."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if inner:  # int | None
+        return any(fits(value, one) for one in inner)
+    kind = int | float if hint is float else hint
+    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
 
 
 def check(settings: CommonSettings) -> None:

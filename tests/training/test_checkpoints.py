@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import dataclass
 
 import pytest
 
@@ -15,9 +16,16 @@ from newllm.training.checkpoints import (
     read_result,
     remove_except,
     remove_incomplete,
+    training_result,
     write_result,
     write_whole,
 )
+
+
+@dataclass
+class Result:
+    steps: int
+    score: float
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path):
@@ -64,6 +72,15 @@ def test_a_text_file_is_replaced_whole(tmp_path):
     write_whole(tmp_path / "result.json", "old")
     write_whole(tmp_path / "result.json", "new")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    "training", [5, {}, {"steps": "x", "score": 1.0}, {"steps": True, "score": 1}, {"steps": 1, "score": 1.0, "a": 0}]
+)
+def test_a_result_edited_by_hand_is_one_line(tmp_path, training):
+    assert training_result(Result, tmp_path, {"training": {"steps": 3, "score": 1}}) == Result(3, 1)
+    with pytest.raises(UserError, match=rf"{tmp_path}/result.json is damaged under 'training': move {tmp_path} away"):
+        training_result(Result, tmp_path, {"training": training})
 
 
 def test_a_run_folder_continues_the_same_run_and_keeps_others_aside(tmp_path):

@@ -27,6 +27,10 @@ def test_evaluates_at_equal_distances_and_at_the_end(steps, evaluations):
     assert 1 <= schedule.log_every <= LONGEST_LOG_WINDOW
 
 
+def test_more_evaluations_than_steps_are_one_after_each():
+    assert Schedule.evenly(3, 10**18).evaluation_steps == {1, 2, 3}
+
+
 @given(epochs=st.floats(1, 12), steps_per_epoch=st.integers(3, 200))
 def test_evaluates_at_least_once_an_epoch(epochs, steps_per_epoch):
     steps = math.ceil(epochs * steps_per_epoch)

@@ -1,12 +1,15 @@
 """The commands of Vintix: from histories to the report, configs by name, and one line for what is wrong."""
 
 import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import yaml
 from vintix_stub import SMALL, write_dataset
 
 from newllm.cli import main
+from newllm.commands import vintix as commands
 from newllm.commands.flags import config_names
 from newllm.vintix.settings import CONFIGS_FOLDER, VintixSettings
 
@@ -26,12 +29,33 @@ def test_from_nothing_to_the_report(tmp_path, monkeypatch, capsys):
     flags = ["--episodes", "2", "--headline-episode", "2", "--resamples", "20"]
     assert main(["vintix", "evaluate", "runs/vintix-point_reacher", *flags]) == 0
     said = capsys.readouterr().out
-    assert "in-context score" in said
+    assert "in-context score: of later episodes in validation tasks; 0 is random play, 1 the demonstrator" in said
+    for line in ("context reset: the same, its context emptied at every episode", "blind demonstrator: takes every"):
+        assert f"\n  {line}" in said
     folder = tmp_path / "runs" / "vintix-point_reacher"
     assert (folder / "seed-4" / "model" / "model.safetensors").is_file()
     assert (folder / "report.html").is_file()
     curves = json.loads((folder / "evaluation.json").read_text())["families"][0]["curves"]
     assert (curves["full"]["seeds"], curves["demonstrator_only"]["seeds"]) == ([4], [0])
+
+
+def test_a_process_that_dies_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    class Pool:
+        def __init__(self, *given, **named):
+            pass
+
+        def submit(self, *given):
+            died = Future()
+            died.set_exception(BrokenProcessPool("a child has died"))
+            return died
+
+        def shutdown(self, **named):
+            pass
+
+    monkeypatch.setattr(commands, "ProcessPoolExecutor", Pool)
+    data = write_dataset(tmp_path / "histories", train_tasks=2)
+    argv = ["vintix", "train", str(data), *FLAGS, "--jobs", "2", "--seeds", "0", "1", "--out", str(tmp_path / "r")]
+    complain(argv, "a process that trained has died, perhaps for want of memory", capsys, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", config_names(CONFIGS_FOLDER))
@@ -61,6 +85,7 @@ def test_configs_hold_settings_that_fit_together(name, capsys):
         (["train", "x", "--max-grad-norm", "-1"], "--max-grad-norm is -1.0: it must be at least 0"),
         (["evaluate", "x", "--evaluate-seed", "-1"], "--evaluate-seed is -1: a seed is a whole number from 0"),
         (["evaluate", "x", "--threads", "0"], "--threads is 0: it must be at least 1"),
+        (["collect", "--out", "file.txt"], "file.txt is a file: choose an empty or new folder"),
         (["train", "file.txt"], "file.txt: no folder with a metadata.json"),
         (["evaluate", "file.txt"], "file.txt: no such folder"),
         (["train", "half"], "half/metadata.json: broken: it lacks name, family"),

@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ def train(settings: VintixSettings, data: list[str], out: str | None) -> Path:
     runs = [_run(settings, seed, False) for seed in settings.seeds]
     runs += [_run(settings, seed, True) for seed in settings.control_seeds]
     controls = [_control_histories(path) for path in folders] if settings.control_seeds else []
+    print("in-context score: of later episodes in validation tasks; 0 is random play, 1 the demonstrator", flush=True)
     jobs = settings.jobs or (min(len(runs), os.cpu_count() or 1) if device.type == "cpu" else 1)
     work = [(run, controls if run.demonstrator_only else folders, folder / run.name) for run in runs]
     if jobs == 1:
@@ -118,6 +120,11 @@ def _train_together(work: list[tuple[VintixRun, list[Path], Path]], jobs: int) -
             started[pool.submit(_train_in_process, own, data, folder)] = run
         for future in as_completed(started):
             _say_result(started[future], future.result())
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that trained has died, perhaps for want of memory: the same command continues from the last "
+            "checkpoints, with --jobs 1 one model at a time"
+        ) from None
     except BaseException:
         interrupted.set()
         raise
@@ -161,16 +168,20 @@ def evaluate(settings: VintixSettings, folders: list[str], out: str | None) -> P
 
 
 def print_scores(family: dict[str, Any], headline: int) -> None:
-    """A row for each way to play: normalised scores, with their 95 % intervals."""
+    """A row for each way to play, as the report names it: normalised scores, with their 95 % intervals."""
+    from newllm.vintix.report import CURVES
+
     episodes = sorted({1, headline, len(family["curves"]["full"]["value"])})
-    what = "normalised score [95 % interval, over seeds too where several]"
+    what = "score, 0 random play, 1 the demonstrator [95 % interval, over seeds too where several]"
     print(f"\n{family['name']}: {family['tasks']} test tasks, {what}")
     print(f"  {'':18}" + "".join(f"{f'episode {episode}':>22}" for episode in episodes))
     for name, values in family["curves"].items():
         at = [tuple(values[key][episode - 1] for key in ("value", "low", "high")) for episode in episodes]
         seeds = f"  {'seeds' if len(values['seeds']) > 1 else 'seed'} {', '.join(map(str, values['seeds']))}"
         cells = "".join(f"{f'{v:.2f} [{low:.2f}, {high:.2f}]':>22}" for v, low, high in at)
-        print(f"  {name:18}{cells}{seeds if values['seeds'] else ''}")
+        print(f"  {CURVES[name][0]:18}{cells}{seeds if values['seeds'] else ''}")
+    for name in family["curves"]:
+        print(f"  {CURVES[name][0]}: {CURVES[name][1]}")
 
 
 def bench(settings: VintixBench) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Schedule:
 
     @classmethod
     def evenly(cls, total_steps: int, evaluations: int) -> Schedule:
-        """So many evaluations at equal distances, the last at the end."""
+        """So many evaluations at equal distances, the last at the end; after each step where there are more."""
+        evaluations = min(evaluations, total_steps)
         steps = {max(1, round(index * total_steps / evaluations)) for index in range(1, evaluations + 1)}
         log_every = min(max(1, total_steps // LOG_POINTS), LONGEST_LOG_WINDOW)
         return cls(total_steps, log_every, frozenset(steps))

@@ -16,11 +16,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from safetensors import SafetensorError
 
 from newllm.errors import UserError
+from newllm.resolution import fits
 from newllm.settings import RunSettings, to_yaml
 
 INCOMPLETE = ".incomplete"
@@ -133,8 +134,26 @@ def remove_except(run_folder: Path, keep: set[int]) -> None:
 def read_result(run_folder: Path) -> dict[str, Any]:
     """The run's result.json, or {} before the run has begun."""
     path = run_folder / "result.json"
-    advice = f"move {run_folder} away, and the same command trains anew"
-    return read_object(path, advice) if path.is_file() else {}
+    return read_object(path, _anew(run_folder)) if path.is_file() else {}
+
+
+T = TypeVar("T")
+
+
+def training_result(kind: type[T], run_folder: Path, result: dict[str, Any]) -> T:
+    """What a finished run says about its training under "training". Raises UserError where somebody has edited it."""
+    values, fields = result["training"], get_type_hints(kind)
+    if (
+        not isinstance(values, dict)
+        or values.keys() != fields.keys()
+        or not all(fits(values[name], hint) for name, hint in fields.items())
+    ):
+        raise UserError(f"{run_folder / 'result.json'} is damaged under 'training': {_anew(run_folder)}")
+    return kind(**values)
+
+
+def _anew(run_folder: Path) -> str:
+    return f"move {run_folder} away, and the same command trains anew"
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:

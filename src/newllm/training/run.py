@@ -31,6 +31,7 @@ from newllm.training.checkpoints import (
     explaining_full_disk,
     remove_except,
     remove_incomplete,
+    training_result,
     write_result,
 )
 from newllm.training.lagged_store import remove_states
@@ -108,7 +109,7 @@ def train(
         for place in filter(Path.is_dir, (folder, folder / RECONSTRUCTION, folder / PROJECTION)):
             remove_except(place, set())
         remove_states(folder)
-    return TrainResult(**result["training"])
+    return training_result(TrainResult, folder, result)
 
 
 def _train(

@@ -65,8 +65,9 @@ def collect(settings: CollectSettings, out: Path, say: Callable[[str], None] = p
         }
         write_whole(staging / METADATA, json.dumps(metadata, indent=1) + "\n")
     curve = " ".join("–" if score is None else f"{score:.2f}" for score in metadata["history_scores"])
-    say(f"normalised score of the histories from first to last tenth: {curve}")
-    say(f"blind play in test tasks scores {mean_score(scores['test'], 'blind'):.2f}")
+    say(f"score of the histories from first to last tenth (0 random play, 1 the demonstrator, – no episode): {curve}")
+    blind = mean_score(scores["test"], "blind")
+    say(f"score in test tasks of who takes every task for the average one: {blind:.2f}")
     return out
 
 
@@ -203,8 +204,10 @@ def _collected_before(out: Path, settings: CollectSettings, family: TaskFamily) 
     """Whether the folder holds the histories of these settings. Raises UserError where it holds something else."""
     if not out.exists():
         return False
-    if not out.is_dir() or not (out / METADATA).is_file():
-        if out.is_dir() and not any(out.iterdir()):
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file: choose an empty or new folder")
+    if not (out / METADATA).is_file():
+        if not any(out.iterdir()):
             return False
         raise UserError(f"--out {out} holds other files: choose an empty or new folder")
     metadata = read_metadata(out)

@@ -7,8 +7,9 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from newllm.errors import UserError
+from newllm.resolution import fits
 from newllm.vintix.environments import SPLITS, TaskFamily, from_spec
-from newllm.vintix.settings import CollectSettings, fits
+from newllm.vintix.settings import CollectSettings
 
 READ = (
     *("name", "family", "observation_dim", "action_dim", "action_low", "action_high"),

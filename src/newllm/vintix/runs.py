@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import yaml
 
 from newllm.errors import UserError
+from newllm.resolution import fits
 from newllm.training.checkpoints import read_result
 from newllm.vintix.data import DATA_FILE
 from newllm.vintix.metadata import flaw
-from newllm.vintix.settings import VintixRun, fits, training_fields
+from newllm.vintix.settings import VintixRun, training_fields
 
 if TYPE_CHECKING:
     from newllm.vintix.model import VintixModel

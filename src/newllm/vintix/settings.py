@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from newllm.errors import UserError
 from newllm.resolution import check_seeds
@@ -284,19 +284,6 @@ def _at_least(settings: object, name: str, least: int) -> None:
 def model_values(settings: VintixModelSettings) -> dict[str, Any]:
     """The fields of VintixModelSettings alone, by name."""
     return {f.name: getattr(settings, f.name) for f in fields(VintixModelSettings)}
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from a file is of the type that a field of the settings has."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
-    if inner:  # int | None
-        return any(fits(value, one) for one in inner)
-    kind = int | float if hint is float else hint
-    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
 
 
 def training_fields() -> list[str]:

@@ -24,6 +24,7 @@ from newllm.training.checkpoints import (
     complete_folder,
     explaining_full_disk,
     remove_except,
+    training_result,
     write_result,
     write_whole,
 )
@@ -91,7 +92,7 @@ def train(
             result["training"] = asdict(_train(run, windows, families, folder, on_progress))
             write_result(folder, result)
         remove_except(folder, set())
-    return VintixTrainResult(**result["training"])
+    return training_result(VintixTrainResult, folder, result)
 
 
 def _train(
