@@ -9,7 +9,7 @@ from rich.console import Console
 from newllm.errors import UserError
 from newllm.experiments.columns import ALL_COLUMNS, LEAD, MAIN_COLUMNS
 from newllm.experiments.figures import number
-from newllm.experiments.results import read_results, write_results
+from newllm.experiments.results import check_taken_row, read_results, write_results
 from newllm.experiments.statistics import estimate, paired_difference, t_probability, t_quantile
 from newllm.experiments.summary import best_models, decimals, ranked, summarise
 from newllm.experiments.terminal import print_table
@@ -19,6 +19,23 @@ CACHE = ALL_COLUMNS["cache_bytes_per_token"]
 
 def by_name(results):
     return {summary.model: summary for summary in summarise(results)}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"tokens": None}, "has 'tokens' = 'None': it must be a number"),
+        ({"seconds": "long"}, "has 'seconds' = 'long': it must be a number"),
+        ({"hash": 5}, "has 'hash' = '5': it must be text"),
+        ({"valid": None}, "has 'valid' = 'None': it must be true or false"),
+        ({"curve": [5]}, "item 0 of 'curve' must be an object"),
+    ],
+)
+def test_a_row_edited_by_hand_is_not_taken_over(change, complaint):
+    row = make_results()["rows"][0] | {"hash": "a"}
+    check_taken_row(row | {"test_ppl": None}, "x.json: row")
+    with pytest.raises(UserError, match=rf"^x.json: row .*{complaint}"):
+        check_taken_row(row | change, "x.json: row")
 
 
 @pytest.mark.parametrize(

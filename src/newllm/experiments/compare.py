@@ -31,7 +31,7 @@ from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
-from newllm.experiments.results import FILE_NAME, Results, finite, read_results, write_results
+from newllm.experiments.results import FILE_NAME, Results, check_taken_row, finite, read_results, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.experiments.terminal import print_table
 from newllm.models import check_model_spec, load_plugin
@@ -170,6 +170,7 @@ class Comparison:
             if is_finished(result, run) and result["data"] == self.data.fingerprint:
                 with lock(folder):
                     claim_run_folder(folder, run, self.data.fingerprint)
+                check_taken_row(result["row"], f"{folder / 'result.json'}: row")
                 (folder / ERROR_FILE).unlink(missing_ok=True)
                 self._add_row(index, run, result["row"], ", kept from before")
             else:
@@ -190,6 +191,7 @@ class Comparison:
                 self.display.say(f"{path}: none of its runs has the settings and the text of this comparison")
             for task in tasks:
                 if (row := found.get(task.index)) is not None:
+                    check_taken_row(row, f"{path}: row")
                     measured = dict.fromkeys(EFFICIENCY)  # what this machine measures is not mixed with another's
                     self._add_row(task.index, task.run, {"reused": origin} | row | measured, f", from {path}")
             tasks = [task for task in tasks if task.index not in found]
@@ -210,7 +212,7 @@ class Comparison:
 
     def _add_row(self, index: int, run: RunSettings, row: dict[str, Any], remark: str = "") -> None:
         self.row_of[index] = row = finite(row)  # as results.json has it: null where a run has come apart
-        ppl = math.inf if row["test_ppl"] is None else row["test_ppl"]
+        ppl = math.inf if row.get("test_ppl") is None else row["test_ppl"]
         self.display.say(
             f"{self.display.label(index, run)}: test perplexity {ppl:.2f}, {row['tokens']:,} tokens "
             f"in {duration(row['seconds'])}{'' if row['valid'] else ', INVALID: it fails a check'}{remark}"

@@ -60,6 +60,8 @@ RECORD_KEYS = {
     "reused": ("from", "created", "version", "machine"),
 }
 """What a report reads of a record."""
+TAKEN_FIELDS = dict.fromkeys(("tokens", "steps", "seconds"), NUMBER) | {"hash": TEXT}
+"""What a row must say that is taken over: a report does without."""
 FAILED_FIELDS = {"model": TEXT, "seed": NUMBER, "error": TEXT}
 
 
@@ -99,22 +101,32 @@ def read_results(folder: Path) -> Results:
     _check_fields(results, TOP_FIELDS, f"{path} is not a result of `newllm compare`: the file")
     seen: dict[tuple[str, float], int] = {}
     for index, row in enumerate(results["rows"]):
-        where = f"{path}: row {index}"
-        _check_fields(row, ROW_FIELDS, where)
-        where += f" ({row['model']}, seed {row['seed']})"
+        where = check_row(row, f"{path}: row {index}")
         if (first := seen.setdefault((row["model"], row["seed"]), index)) != index:
             raise UserError(f"{where} is the same run as row {first}: keep one of them")
-        given = {key: kind for key, kind in NULLABLE_ROW_FIELDS.items() if row.get(key) is not None}
-        _check_fields(row, given, where)
-        for key, keys in RECORD_KEYS.items():
-            if missing := [name for name in keys if row.get(key) and name not in row[key]]:
-                raise UserError(f"{where}: '{key}' has no '{missing[0]}'")
-        for key, fields in ITEM_FIELDS.items():
-            for number, item in enumerate(row.get(key) or []):
-                _check_fields(item, fields, f"{where}: item {number} of '{key}'")
     for index, failure in enumerate(results["failed"]):
         _check_fields(failure, FAILED_FIELDS, f"{path}: failed run {index}")
     return results
+
+
+def check_row(row: Any, where: str) -> str:
+    """Raises UserError for what a report cannot be made of; returns `where` with the run's name."""
+    _check_fields(row, ROW_FIELDS, where)
+    where += f" ({row['model']}, seed {row['seed']})"
+    given = {key: kind for key, kind in NULLABLE_ROW_FIELDS.items() if row.get(key) is not None}
+    _check_fields(row, given, where)
+    for key, keys in RECORD_KEYS.items():
+        if missing := [name for name in keys if row.get(key) and name not in row[key]]:
+            raise UserError(f"{where}: '{key}' has no '{missing[0]}'")
+    for key, fields in ITEM_FIELDS.items():
+        for number, item in enumerate(row.get(key) or []):
+            _check_fields(item, fields, f"{where}: item {number} of '{key}'")
+    return where
+
+
+def check_taken_row(row: Any, where: str) -> None:
+    """Raises UserError for a row that a comparison cannot take over, from another one or from its own run folder."""
+    _check_fields(row, TAKEN_FIELDS, check_row(row, where))
 
 
 def _check_fields(record: Any, fields: dict[str, str], where: str) -> None:

@@ -36,7 +36,8 @@ class Watcher(Protocol):
 
 def is_finished(result: dict[str, Any], run: RunSettings) -> bool:
     """Whether a run folder's result.json holds the row of exactly this run; training alone may be older."""
-    return bool(result.get("row", {}).get("hash") == run.hash())
+    row = result.get("row")
+    return isinstance(row, dict) and row.get("hash") == run.hash()
 
 
 def finish_run(run: RunSettings, data: PreparedData, folder: Path, watcher: Watcher) -> dict[str, Any]:
