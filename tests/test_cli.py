@@ -160,6 +160,27 @@ def test_interrupt_exits_with_130(command, monkeypatch, capsys):
     assert "continues" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError("Unable to allocate 7.28 TiB for an array"), "Unable to allocate 7.28 TiB for an array"),
+        (MemoryError(), "no more could be had"),
+        (
+            RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+            "can't allocate memory: you tried to allocate 4 bytes.",
+        ),
+    ],
+)
+def test_more_than_memory_holds_is_one_line(error, what, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert cli.main(["train"]) == 2
+    expected = f"newllm: error: not enough memory ({what}): choose a smaller model, batch or context\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_trained_run_is_complete(run_folder):
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     assert config == dataclasses.asdict(RunSettings(**config))
@@ -184,6 +205,13 @@ def test_evaluation_on_another_text_uses_the_models_own_tokenizer(run_folder, tm
     assert cli.main(argv) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["test"]["tokens"] <= 200
+
+
+def test_what_cannot_be_measured_is_told_before_anything_is(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr("newllm.evaluation.perplexity.evaluate", lambda *given: pytest.fail("it has measured"))
+    argv = ["evaluate", str(run_folder), "--cache-dir", str(run_folder.parent / "cache"), "--tasks", "perplexity"]
+    assert cli.main([*argv, "recall"]) == 2
+    assert "recall: the training text has only 0 capitalised words" in capsys.readouterr().err
 
 
 def test_evaluation_through_quantised_caches_is_a_table_and_json(run_folder, capsys):
@@ -272,6 +300,9 @@ def test_prompt_from_a_pipe_and_conversation(run_folder, monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeffa\r\nb\r\n".encode())))
+    assert generated(argv, capsys).startswith("a\nb"), "as a text file is read"
 
     monkeypatch.setattr("sys.stdin", Terminal("one\ntwo\n\nthree\n"))
     text = generated(argv, capsys)

@@ -281,7 +281,15 @@ CASES = {
     ),
     # saved models and results
     "no model folder": (["generate", "runs/none", "--prompt", "a"], "runs/none: no such folder"),
+    "file in place of a model": (
+        lambda p: ["generate", p.file("a.txt", "b"), "--prompt", "a"],
+        "a.txt is a file: give a run folder, a model folder, or the name of a preset",
+    ),
     "no run folder": (["evaluate", "runs/none"], "runs/none: no such folder"),
+    "file in place of a run folder": (
+        lambda p: ["evaluate", p.file("a.txt", "b")],
+        "a.txt is a file: give the folder of a trained model",
+    ),
     "folder without a model": (lambda p: ["check", p.empty_folder("none")], "expected a run folder"),
     "nothing to measure": (
         lambda p: ["evaluate", p.empty_folder("none"), "--tasks", "efficiency"],

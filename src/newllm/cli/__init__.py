@@ -20,6 +20,8 @@ for _module in ("models", "memory", "data", "bench", "vintix"):  # in the order 
 
 # What the system has against a path wherever one is used; where more is to be said, the command says it.
 REFUSALS = (errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+# What torch says of tensors that this machine, or any, cannot hold; NumPy raises a MemoryError.
+TOO_LARGE = ("can't allocate memory", "out of memory", "calculation overflowed", "integer multiplication overflow")
 
 OVERVIEW = """\
 newllm compares language models that remember differently: same text, same budget, one report.
@@ -58,6 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `newllm generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in TOO_LARGE)):
+            raise
+        what = str(error).rpartition("Allocator: ")[2].splitlines()[0] if str(error) else "no more could be had"
+        print(f"newllm: error: not enough memory ({what}): choose a smaller model, batch or context", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in REFUSALS or error.filename is None:
             raise

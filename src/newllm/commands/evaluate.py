@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from newllm.commands.folders import model_folder, open_model, plugin_of, run_config
+from newllm.commands.folders import model_folder, need_folder, open_model, plugin_of, run_config
 from newllm.errors import UserError, nearest
 from newllm.experiments.results import finite
 from newllm.resolution import resolve
@@ -26,8 +26,7 @@ def settings_of(folder: Path, tasks: list[str]) -> RunSettings:
     for task in tasks:
         if task not in TASKS:
             raise nearest(task, TASKS, "task")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a trained model")
+    need_folder(folder)
     return RunSettings(**run_config(folder))
 
 
@@ -63,6 +62,14 @@ def evaluate(
     if {"perplexity", "recall", "reversal", "recurrence"} & set(tasks):
         model, _ = open_model(settings)
         data = prepare(settings, print)
+    if "recall" in tasks:  # what cannot be measured is told before anything is
+        from newllm.data.recall import RecallTask
+
+        RecallTask(data, settings).check_evaluation(settings.recall_distances)
+    if "reversal" in tasks:
+        from newllm.data.reversal import ReversalTask
+
+        ReversalTask(data)
     if "perplexity" in tasks:
         splits = {split: data.splits[split] for split in SPLITS}
         if cache_precisions:

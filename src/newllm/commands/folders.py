@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenizerBase]:
     """The model and tokenizer of a folder; or an untrained model by name, which is said on standard error."""
     folder = Path(settings.model)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give a run folder, a model folder, or the name of a preset")
     if folder.name != settings.model and not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     import transformers
@@ -51,6 +53,13 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
             file=sys.stderr,
         )
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def need_folder(folder: Path) -> None:
+    """Raises UserError where there is none."""
+    if not folder.is_dir():
+        what = " is a file:" if folder.exists() else ": no such folder;"
+        raise UserError(f"{folder}{what} give the folder of a trained model")
 
 
 def model_folder(folder: Path) -> Path:

@@ -64,10 +64,10 @@ def check_sampling(settings: GenerateSettings) -> None:
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The given prompt, or all of standard input without its last newline."""
+    """The given prompt, or all of standard input as a text file is read, without its last newline."""
     if prompt is None:
         try:
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
         except UnicodeDecodeError:
             raise UserError("standard input is not UTF-8 text") from None
     if not prompt:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from newllm.commands.folders import open_model, run_config
+from newllm.commands.folders import need_folder, open_model, run_config
 from newllm.commands.generate import GenerateSettings, check_sampling, continue_text, read_prompt
 from newllm.errors import UserError
 from newllm.settings import RunSettings
@@ -168,8 +168,7 @@ def token_scores(model: TransformerLM, tokenizer: PreTrainedTokenizerBase, text:
 
 def open_trained(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenizerBase]:
     """The model of a folder, which must have a memory, and its tokenizer."""
-    if not Path(settings.model).is_dir():
-        raise UserError(f"{settings.model}: no such folder; give the folder of a trained model")
+    need_folder(Path(settings.model))
     model, tokenizer = open_model(settings)
     model.memory_layers()
     return model, tokenizer
@@ -202,6 +201,8 @@ def output_file(settings: AbsorbSettings) -> Path:
     if out is None:
         raise UserError("--out is missing: name the memory file to write, for example --out book.memory")
     path = Path(out)
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: name a file, for example --out {path / 'book.memory'}")
     if path.exists() and (
         settings.into is None or not Path(settings.into).exists() or not path.samefile(settings.into)
     ):
