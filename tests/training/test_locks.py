@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 from newllm.errors import UserError
+from newllm.training import locks
 from newllm.training.locks import create_lock, lock
 
 
@@ -33,11 +35,45 @@ def test_a_second_process_is_kept_out_and_a_dead_one_is_not_waited_for(tmp_path)
 
 def test_of_many_that_take_a_lock_at_once_one_gets_it(tmp_path):
     (tmp_path / "run.newllm-lock").write_text("")  # its process was killed between making and writing it
+    os.utime(tmp_path / "run.newllm-lock", (0, 0))
     with lock(tmp_path / "run"):
         (tmp_path / "run.newllm-lock").unlink()
         with ThreadPoolExecutor(8) as pool:
             made = list(pool.map(create_lock, [tmp_path / "run.newllm-lock"] * 8))
     assert sorted(made) == [False] * 7 + [True]
+
+
+def lock_of_parent():
+    parent = psutil.Process(os.getppid())
+    return json.dumps({"pid": parent.pid, "started": parent.create_time()})
+
+
+def test_of_two_that_find_an_abandoned_lock_the_slower_one_leaves_that_of_the_other(tmp_path, monkeypatch):
+    path = tmp_path / "run.newllm-lock"
+    path.write_text(json.dumps({"pid": os.getppid(), "started": 0.0}))
+    is_running = locks.is_running
+
+    def is_running_slowly(**holder):
+        found = is_running(**holder)
+        if not found:  # meanwhile another one removes the abandoned lock, and makes its own
+            path.write_text(lock_of_parent())
+        return found
+
+    monkeypatch.setattr(locks, "is_running", is_running_slowly)
+    with pytest.raises(UserError, match=f"process {os.getppid()}"), lock(tmp_path / "run"):
+        pass
+    assert path.read_text() == lock_of_parent()
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_being_made_is_not_taken_for_an_abandoned_one(tmp_path):
+    path = tmp_path / "run.newllm-lock"
+    path.write_text("")
+    writing = threading.Timer(0.5, path.write_text, [lock_of_parent()])
+    writing.start()
+    with pytest.raises(UserError, match=f"process {os.getppid()}"), lock(tmp_path / "run"):
+        pass
+    writing.join()
 
 
 def test_a_zombie_holds_no_lock(tmp_path):

@@ -18,6 +18,7 @@ from newllm.training.checkpoints import explaining_full_disk
 
 SUFFIX = ".newllm-lock"
 CLOCK_TOLERANCE = 5.0  # seconds; the start time of a process moves when the system's clock is set
+EMPTY_SECONDS = 10.0  # that a lock may be empty while it is made: a process of a busy machine stands still for a while
 
 
 @contextlib.contextmanager
@@ -48,8 +49,25 @@ def take_lock(path: Path, folder: Path) -> bool:
             raise UserError(
                 f"another newllm (process {holder['pid']}) works in {folder}: wait for it, or give another --out"
             )
-        path.unlink(missing_ok=True)
+        remove_abandoned(path, holder)
     return True
+
+
+def remove_abandoned(path: Path, holder: dict[str, Any] | None) -> None:
+    """Removes a lock of this holder, who is no more: not the one that another process may have made in its place.
+
+    Several processes may find it at once: while this one judged it, another may have removed it and made its own. So
+    the lock is taken aside, which only one of them can do, and looked at there once more.
+    """
+    aside = path.with_name(f"abandoned-{os.getpid()}{SUFFIX}")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if lock_holder(aside) == holder:
+        aside.unlink()
+    else:
+        aside.rename(path)
 
 
 def create_lock(path: Path) -> bool:
@@ -71,9 +89,9 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
 
     Raises UserError for a file that no newllm has made: it is not ours to remove.
     """
-    for _ in range(2):
+    while True:
         try:
-            content = path.read_text()
+            content, age = path.read_text(), time.time() - path.stat().st_mtime
             if content:
                 holder = json.loads(content)
                 return {"pid": int(holder["pid"]), "started": float(holder["started"])}
@@ -81,8 +99,9 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path} is no lock of newllm, whose name it has: move it away") from None
-        time.sleep(0.1)  # it has just been made and is still empty; or its process was killed right there
-    return None
+        if abs(age) > EMPTY_SECONDS:  # its process was killed right there
+            return None
+        time.sleep(0.1)
 
 
 def is_running(pid: int, started: float) -> bool:
