@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.evaluation import cache_bytes
-from newllm.evaluation.checks import CHECK_SHAPE, CHECKS, check_layer_types, check_model
+from newllm.evaluation.checks import CHECK_SHAPE, check_layer_types, check_model
+from newllm.evaluation.contract import CHECKS
 from newllm.models import create_model, preset_names
 from newllm.models.cache import LMCache, bytes_of
 from newllm.models.layers import LAYER_TYPES, create_layer

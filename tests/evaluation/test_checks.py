@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from newllm.evaluation.checks import CHECK_SHAPE, check_as_trained, is_causal
+from newllm.evaluation.contract import CHECKS, Subject
 from newllm.models import create_model
 
 
@@ -30,3 +31,15 @@ def test_a_model_that_is_finite_only_in_short_windows_is_not_called_a_leak():
     assert (finite.passed, finite.detail) == (False, "logits are not finite from token 8 on")
     assert future.passed is None
     assert not is_causal(results)
+
+
+def test_a_row_that_ends_with_eos_is_not_blamed_for_the_padding_behind_it():
+    model = create_model("pythia", **CHECK_SHAPE).double().eval()
+    subject = Subject(model, torch.randint(CHECK_SHAPE["vocab_size"], (3, 24)), tolerance=1e-10)
+    check, _ = CHECKS["generate"]
+    with torch.no_grad():
+        first, other = model(subject.ids[:2, :12]).logits[:, -1].argmax(dim=1).tolist()
+        assert first != other, "the first row alone is to end"
+        model.generation_config.eos_token_id = model.generation_config.pad_token_id = first
+        passed, detail = check(subject)
+        assert passed, detail

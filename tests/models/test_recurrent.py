@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 from toy_recurrent import SHAPE, ToyLM, lively, recurrent_presets, toy
 
 from newllm.errors import UserError
-from newllm.evaluation.checks import CHECKS, check_model
+from newllm.evaluation.checks import check_model
+from newllm.evaluation.contract import CHECKS
 from newllm.models import create_model, load_model
 from newllm.models.recurrent import lag
 
