@@ -15,6 +15,7 @@ from newllm.models.cache import LMCache
 from newllm.models.config import LMConfig
 from newllm.models.layers.context import ContextLayer
 from newllm.models.linear import Linear
+from newllm.models.options import check_count
 from newllm.models.recurrent import RecurrentLM
 from newllm.models.transformer import TransformerLM, register_architecture
 
@@ -42,9 +43,7 @@ class ContextVectorConfig(LMConfig):
         self.context_size = self.hidden_size if self.context_size is None else self.context_size
         self.width = 2 * self.hidden_size if self.width is None else self.width
         for name in ("context_size", "width", "depth", "max_positions"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
+            check_count(name, getattr(self, name))
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout!r}: it must lie in [0, 1)")
         if self.tie_word_embeddings and self.width != self.hidden_size:

@@ -11,6 +11,7 @@ from transformers import initialization
 
 from newllm.errors import UserError, nearest
 from newllm.models.linear import Linear
+from newllm.models.options import check_count, check_divides
 from newllm.ops.scan import linear_scan
 
 GATES = {"none": 0, "update": 1, "update_forget": 2, "input": 1}
@@ -182,11 +183,9 @@ def scales_of(time_scales: dict[str, float] | None) -> dict[str, float] | None:
 
 def check_cell(num_heads: int, context_size: int, num_contexts: int, gates: str, scaled: bool) -> None:
     """Raises UserError for options no cell can have."""
-    for name, value in (("context_size", context_size), ("num_contexts", num_contexts)):
-        if type(value) is not int or value < 1:
-            raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
-    if context_size % num_heads:
-        raise UserError(f"context_size {context_size} does not divide into num_heads {num_heads}")
+    check_count("context_size", context_size)
+    check_count("num_contexts", num_contexts)
+    check_divides("context_size", context_size, "num_heads", num_heads)
     if not isinstance(gates, str) or gates not in GATES:
         raise nearest(str(gates), list(GATES), "gates", "of context vectors")
     if num_contexts > 1 and not GATES[gates] and not scaled:

@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 from newllm.errors import UserError
 from newllm.models.config import LMConfig
 from newllm.models.linear import Linear
-from newllm.models.passes import ManyPassesLM, Projection, check_choice, check_count, check_switch, normalised
+from newllm.models.options import check_choice, check_count, check_switch
+from newllm.models.passes import ManyPassesLM, Projection, normalised
 from newllm.models.recurrent import RecurrentLM, lag
 from newllm.models.transformer import register_architecture
 from newllm.ops.loss import IGNORED
@@ -49,7 +50,7 @@ class ContinuousConfig(LMConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         check_choice("mode", self.mode, MODES)
         check_choice("input", self.input, INPUTS)
-        check_count("extra_passes", self.extra_passes)
+        check_count("extra_passes", self.extra_passes, least=0)
         check_switch("use_h1", self.use_h1)
         if self.use_h1 and not self.extra_passes:
             raise UserError("use_h1 combines two passes: set extra_passes to at least 1")

@@ -90,21 +90,3 @@ class ManyPassesLM(TransformerLM):
                 "every pass of this model has memories of its own, and only those of the first would be kept between "
                 "calls; use a model of one pass"
             )
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises UserError for a value that is none of the choices."""
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}: it must be {' or '.join(map(repr, choices))}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Raises UserError for what is no whole number of at least 0."""
-    if type(value) is not int or value < 0:
-        raise UserError(f"{name} is {value!r}: it must be a whole number of at least 0")
-
-
-def check_switch(name: str, value: object) -> None:
-    """Raises UserError for what is neither true nor false."""
-    if type(value) is not bool:
-        raise UserError(f"{name} is {value!r}: it must be true or false")

@@ -64,7 +64,8 @@ class SegmentAttention:
             mixed = reference.linear_attention(q, k, v)
         else:
             if isinstance(self.position, RotaryPosition):
-                positions, width = torch.arange(q.shape[2])[None], self.position.rotary_dim(self.head_size)
+                positions = torch.arange(q.shape[2], device=q.device)[None]
+                width = self.position.rotary_dim(self.head_size)
                 q, k = (reference.rope(heads, positions, width, self.position.base) for heads in (q, k))
             mixed = reference.attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device))
         return mixed[0].transpose(0, 1).flatten(1)

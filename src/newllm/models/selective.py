@@ -18,7 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from newllm.errors import UserError
 from newllm.models.config import LMConfig
 from newllm.models.linear import Linear
-from newllm.models.passes import ManyPassesLM, Projection, check_count, check_switch
+from newllm.models.options import check_count, check_switch
+from newllm.models.passes import ManyPassesLM, Projection
 from newllm.models.transformer import TransformerLM, register_architecture
 from newllm.ops.loss import IGNORED, linear_cross_entropy
 
@@ -45,7 +46,7 @@ class SelectiveConfig(LMConfig):
     must_emit: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_count("max_skip", self.max_skip)
+        check_count("max_skip", self.max_skip, least=0)
         check_switch("must_emit", self.must_emit)
         if type(self.threshold) not in (int, float) or not 0 <= self.threshold <= 1:
             raise UserError(f"threshold is {self.threshold!r}: it must lie in [0, 1]")

@@ -12,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from newllm.errors import UserError, nearest
+from newllm.errors import nearest
 from newllm.models.cache import LayerState, MemoryState
 from newllm.models.layers.base import MLP, Layer
 from newllm.models.linear import Linear
+from newllm.models.options import check_count, check_divides, check_switch
 from newllm.models.positions import create_position, position_spec
 from newllm.models.segment_attention import LOCAL, SegmentAttention
 from newllm.ops import reference
 from newllm.ops.linear_attention import feature_map
 from newllm.ops.memory import Found, read, read_segments, write
+from newllm.ops.segments import lay_out, pick, shift
 
 MEMORY_GRAD = ("through", "detach")
 
@@ -66,15 +68,13 @@ class CompressiveLayer(Layer):
         memory_head_dim = hidden_size if memory_head_dim is None else memory_head_dim
         check_count("segment_length", segment_length)
         check_count("memory_head_dim", memory_head_dim)
-        for name, size in (("num_heads", num_heads), ("memory_head_dim", memory_head_dim)):
-            if hidden_size % size:
-                raise UserError(f"hidden_size {hidden_size} does not divide into {name} {size}")
+        check_divides("hidden_size", hidden_size, "num_heads", num_heads)
+        check_divides("hidden_size", hidden_size, "memory_head_dim", memory_head_dim)
         for name, value, valid in (("local", local, LOCAL), ("memory_grad", memory_grad, MEMORY_GRAD)):
             if value not in valid:
                 raise nearest(str(value), list(valid), name, f"of layer type '{self.type_name}'")
-        for name, switch in (("use_delta_rule", use_delta_rule), ("key_shift", key_shift)):
-            if type(switch) is not bool:
-                raise UserError(f"{name} is {switch!r}: it must be true or false")
+        check_switch("use_delta_rule", use_delta_rule)
+        check_switch("key_shift", key_shift)
         head_size = hidden_size // num_heads
         self.attention = SegmentAttention(num_heads, head_size, create_position(position, head_size), local)
         self._arguments |= {"position": position_spec(self.attention.position), "memory_head_dim": memory_head_dim}
@@ -262,16 +262,17 @@ class CompressiveLayer(Layer):
 
     def _empty_memory(self, like: Tensor) -> dict[str, Tensor]:
         """Memories of zeros for the rows of `like` (B, T, D)."""
-        rows, dtype = len(like), torch.promote_types(like.dtype, torch.float32)
-        empty = {"written": torch.zeros(rows, dtype=torch.long, device=like.device)}
-        if self.num_memories:
-            for name, shape in self.memory_shapes().items():
-                empty.setdefault(name, torch.zeros(rows, *shape, dtype=dtype, device=like.device))
-        return empty
+        sums = torch.promote_types(like.dtype, torch.float32)
+        return {
+            name: torch.zeros(len(like), *shape, dtype=torch.long if name == "written" else sums, device=like.device)
+            for name, shape in self.memory_shapes().items()
+        }
 
     def memory_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors of one row's memory, see `MemoryState`."""
         N, Hm, d = self.num_memories, self.num_memory_heads, self.memory_head_dim
+        if not N:
+            return {"written": ()}
         before = {"before": (Hm, d)} if self.key_shift else {}
         return {"matrix": (N, Hm, d, d), "normaliser": (N, Hm, d), "written": (), **before}
 
@@ -321,7 +322,7 @@ class CompressiveLayer(Layer):
         """The mixed values (B, T, D), row by row, token by token, head by head, over the real tokens alone."""
         rows = []
         for b, row in enumerate(qkv):
-            real = torch.arange(len(row)) if mask is None else mask[b].nonzero()[:, 0]
+            real = torch.arange(len(row), device=row.device) if mask is None else mask[b].nonzero()[:, 0]
             mixed = torch.zeros_like(row[:, : self.hidden_size])
             rows.append(mixed.index_copy(0, real, self._reference_row(*row[real].chunk(3, dim=1))))
         return torch.stack(rows)
@@ -367,27 +368,3 @@ class CompressiveLayer(Layer):
 def exact_products(x: Tensor) -> torch.autocast:
     """Inside, products are of the dtype of their factors: autocast would make those of the memories bf16."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def shift(k: Tensor, before: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Features k (B, Hm, G, S, d) moved on by one token, after `before` (B, Hm, d), and those of token `count` (B,)."""
-    tokens = torch.cat([before.unsqueeze(2), k.flatten(2, 3)], dim=2)  # (B, Hm, 1 + G·S, d)
-    last = tokens.take_along_dim(count.view(-1, 1, 1, 1), dim=2).squeeze(2)
-    return tokens[:, :, :-1].unflatten(2, k.shape[2:4]), last
-
-
-def lay_out(x: Tensor, slots: Tensor, size: int) -> Tensor:
-    """Puts the tokens of x (B, T, D) at their slots (B, T) into zeros (B, size, D); slot `size` is thrown away."""
-    laid = x.new_zeros(x.shape[0], size + 1, x.shape[2])
-    return laid.scatter(1, slots[..., None].expand_as(x), x)[:, :size]
-
-
-def pick(x: Tensor, slots: Tensor) -> Tensor:
-    """The tokens of x (B, L, D) at slots (B, T): (B, T, D)."""
-    return x.gather(1, slots[..., None].expand(-1, -1, x.shape[2]))
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises UserError unless the value is a whole number of at least `least`."""
-    if type(value) is not int or value < least:
-        raise UserError(f"{name} is {value!r}: it must be a whole number of at least {least}")

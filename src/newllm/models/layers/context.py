@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 
-from newllm.errors import UserError
 from newllm.models.cache import RecurrentState
 from newllm.models.context_cell import SCALES, ContextCell, scales_of
 from newllm.models.layers.base import MLP, Layer, register_layer
 from newllm.models.linear import Linear
+from newllm.models.options import check_count, check_switch
 
 
 @register_layer("context")
@@ -62,10 +62,8 @@ class ContextLayer(Layer):
         mlp: bool = True,
     ) -> None:
         super().__init__()
-        if type(conv_size) is not int or conv_size < 1:
-            raise UserError(f"conv_size is {conv_size!r}: it must be a whole number of at least 1")
-        if type(mlp) is not bool:
-            raise UserError(f"mlp is {mlp!r}: it must be true or false")
+        check_count("conv_size", conv_size)
+        check_switch("mlp", mlp)
         size = hidden_size if context_size is None else context_size
         time_scales = scales_of(time_scales)
         self.cell = ContextCell(hidden_size, num_heads, size, num_contexts, gates, time_scales)
@@ -175,8 +173,8 @@ class ContextLayer(Layer):
         """Row by row, token by token, context by context, over the real tokens alone."""
         mixed = torch.zeros_like(x)
         for b in range(len(x)):
-            real = torch.arange(x.shape[1]) if mask is None else mask[b].nonzero()[:, 0]
-            mixed = mixed.index_put((torch.tensor(b), real), self._reference_row(x[b, real]))
+            real = torch.arange(x.shape[1], device=x.device) if mask is None else mask[b].nonzero()[:, 0]
+            mixed = mixed.index_put((torch.tensor(b, device=x.device), real), self._reference_row(x[b, real]))
         x = x + mixed
         return x + self.mlp(self.norm_mlp(x)) if self.has_mlp else x
 
@@ -189,7 +187,7 @@ class ContextLayer(Layer):
         for t in range(len(x)):
             h = sum(taps[-1 - n] * normed[t - n] for n in range(min(len(taps), t + 1)))
             contexts = self.cell.reference(h, contexts)
-            weights = self.use(h).view(K, H).repeat_interleave(S // H, dim=1) if K > 1 else torch.ones(1, S)
+            weights = self.use(h).view(K, H).repeat_interleave(S // H, dim=1) if K > 1 else h.new_ones(1, S)
             read = self.norm_contexts(sum(w * c for w, c in zip(weights, contexts, strict=True)))
             gate = self.gate(h)
             outputs.append(self.out(gate * gate.sigmoid() * read))

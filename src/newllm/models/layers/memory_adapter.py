@@ -10,9 +10,9 @@ from torch import Tensor
 
 from newllm.models.cache import CombinedState, KeyValueState, MemoryState, memory_of
 from newllm.models.layers.base import register_layer
-from newllm.models.layers.compressive import check_count
 from newllm.models.layers.infini import InfiniLayer
 from newllm.models.layers.pythia import into_heads
+from newllm.models.options import check_count
 from newllm.models.positions import RotaryPosition
 from newllm.models.segment_attention import SegmentAttention
 from newllm.ops import reference

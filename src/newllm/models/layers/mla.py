@@ -12,6 +12,7 @@ from newllm.errors import UserError, nearest
 from newllm.models.cache import LatentState
 from newllm.models.layers.base import MLP, Layer, register_layer
 from newllm.models.linear import Linear
+from newllm.models.options import check_count, check_divides
 from newllm.models.positions import RotaryPosition, create_position, position_spec
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
@@ -62,10 +63,8 @@ class MLALayer(Layer):
         path: str = "auto",
     ) -> None:
         super().__init__()
-        if hidden_size % num_heads:
-            raise UserError(f"hidden_size {hidden_size} does not divide into num_heads {num_heads}")
-        if type(kv_dim) is not int or kv_dim < 1:
-            raise UserError(f"kv_dim is {kv_dim!r}: it must be a whole number of at least 1")
+        check_divides("hidden_size", hidden_size, "num_heads", num_heads)
+        check_count("kv_dim", kv_dim)
         if type(rope_dim) is not int or rope_dim < 0 or rope_dim % 2:
             raise UserError(f"rope_dim is {rope_dim!r}: it must be 0 or an even number, as dimensions turn in pairs")
         if path not in PATHS:

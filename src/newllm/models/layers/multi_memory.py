@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from newllm.models.layers.base import register_layer
-from newllm.models.layers.compressive import CompressiveLayer, check_count
+from newllm.models.layers.compressive import CompressiveLayer
 from newllm.models.layers.infini import mix_by, reference_mean
+from newllm.models.options import check_count
 from newllm.ops import reference
 from newllm.ops.memory import Found
 

@@ -10,6 +10,7 @@ from newllm.errors import UserError
 from newllm.models.cache import KeyValueState
 from newllm.models.layers.base import MLP, Layer, register_layer
 from newllm.models.linear import Linear
+from newllm.models.options import check_count, check_divides, check_switch
 from newllm.models.positions import RotaryPosition, create_position, position_spec
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
@@ -52,16 +53,14 @@ class PythiaLayer(Layer):
         parallel_residual: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("num_kv_heads", num_kv_heads), ("window", window)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if hidden_size % num_heads:
-            raise UserError(f"hidden_size {hidden_size} does not divide into num_heads {num_heads}")
+        check_count("num_kv_heads", num_kv_heads)
+        if window is not None:
+            check_count("window", window)
+        check_divides("hidden_size", hidden_size, "num_heads", num_heads)
         if num_heads % num_kv_heads:
             raise UserError(f"num_kv_heads {num_kv_heads} is no divisor of num_heads {num_heads}")
-        if type(parallel_residual) is not bool:
-            raise UserError(f"parallel_residual is {parallel_residual!r}: it must be true or false")
+        check_switch("parallel_residual", parallel_residual)
         self.position = create_position(position, hidden_size // num_heads)
         self._arguments |= {"num_kv_heads": num_kv_heads, "position": position_spec(self.position)}
         self.num_heads, self.num_kv_heads, self.window = num_heads, num_kv_heads, window
