@@ -12,7 +12,9 @@ from newllm.settings import RunSettings
 from newllm.training.checkpoints import (
     checkpoints,
     claim_run_folder,
+    complete_checkpoint,
     complete_folder,
+    newest_checkpoint,
     read_result,
     remove_except,
     remove_incomplete,
@@ -43,6 +45,15 @@ def test_the_rest_of_a_killed_write_is_no_checkpoint_and_is_removed(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
     remove_incomplete(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_that_does_not_say_how_large_its_files_are_is_damaged(tmp_path):
+    with complete_checkpoint(tmp_path / "checkpoint-3") as staging:
+        (staging / "part").write_text("whole")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    (tmp_path / "checkpoint-3" / "sizes.json").unlink()
+    with pytest.raises(UserError, match=r"sizes.json is damaged, and no older checkpoint is whole"):
+        newest_checkpoint(tmp_path)
 
 
 def test_checkpoints_are_ordered_by_step_and_pruned(tmp_path):

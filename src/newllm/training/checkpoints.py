@@ -76,9 +76,8 @@ def damaged_files(folder: Path) -> list[Path]:
     """Files of a checkpoint that are not there, or not as large as they were written."""
     path = folder / SIZES
     try:
-        sizes = json.loads(path.read_text()) if path.exists() else {}
-        files = {folder / name: size for name, size in sizes.items()}
-    except (ValueError, AttributeError):
+        files = {folder / name: size for name, size in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError):
         return [path]
     return [file for file, size in files.items() if not file.is_file() or file.stat().st_size != size]
 
