@@ -9,6 +9,11 @@ class UserError(ValueError):
     """Wrong input from outside: one line that says what, where, and what would be valid. The CLI exits with 2."""
 
 
+def flag(name: str) -> str:
+    """A setting as the command line has it: 'batch_size' is --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
 def nearest(name: str, valid: list[str], what: str, where: str = "") -> UserError:
     """The error for an unknown name: names the nearest valid one, or all of them where none is near."""
     match = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)

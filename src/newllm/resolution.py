@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from newllm.errors import UserError, nearest
+from newllm.errors import UserError, flag, nearest
 from newllm.settings import BUDGET, FIRST_PHASE, PILE_TOKENIZER, CommonSettings, ExperimentSettings
 
 SCALES_FOLDER = Path(__file__).parent / "scales"
@@ -87,15 +87,15 @@ def check_values(settings: CommonSettings) -> None:
     for name in POSITIVE:
         value = getattr(settings, name, None)
         if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
+            raise UserError(f"{flag(name)} is {value}: it must be greater than 0")
     for name, least in AT_LEAST.items():
         value = getattr(settings, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+            raise UserError(f"{flag(name)} is {value}: it must be at least {least}")
     for name in SHARES:
         value = getattr(settings, name)
         if not 0 <= value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
+            raise UserError(f"{flag(name)} is {value}: it must lie in [0, 1)")
     for name in ("seed", "seeds"):
         check_seeds(name, getattr(settings, name, []))
 
@@ -103,7 +103,7 @@ def check_values(settings: CommonSettings) -> None:
 def check_seeds(name: str, value: int | list[int], limit: int = SEEDS) -> None:
     """Raises UserError for a seed of this setting that is negative or not below the limit."""
     if any(not 0 <= seed < limit for seed in (value if isinstance(value, list) else [value])):
-        raise UserError(f"--{name.replace('_', '-')} is {value}: a seed is a whole number from 0 to {limit - 1}")
+        raise UserError(f"{flag(name)} is {value}: a seed is a whole number from 0 to {limit - 1}")
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 
 import pytest
@@ -111,6 +112,18 @@ def test_an_interruption_changes_neither_the_weights_nor_what_the_run_began_with
     assert read_result(tmp_path / "run")["start"] == read_result(tmp_path / "whole")["start"]
     ours, theirs = ([line | {"seconds": 0} for line in metrics(tmp_path / name)] for name in ("run", "whole"))
     assert ours == theirs
+
+
+def test_a_checkpoint_in_half_precision_is_adapted_in_float32(text, tmp_path):
+    """As those of Pythia on the hub are."""
+    settings = tiny(text, model="mqa", start_from=str(tmp_path), distil_tokens=STEP)
+    data = prepare(settings)
+    new_model(dataclasses.replace(settings, model="pythia"), data).half().save_pretrained(tmp_path)
+    data.tokenizer.save_pretrained(tmp_path)
+    model = new_model(settings, data)
+    begun = start_from(model, settings, data)
+    assert math.isfinite(begun.val_loss)
+    assert model.dtype == torch.float32
 
 
 def test_other_weights_are_another_run(trained, text, tmp_path):

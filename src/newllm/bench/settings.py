@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from newllm.bench.rivals import NAMES, Rival
-from newllm.errors import UserError, nearest
+from newllm.errors import UserError, flag, nearest
 from newllm.settings import Precision
 
 
@@ -28,15 +28,14 @@ class LayerBench:
     def check(self) -> None:
         """Raises UserError for a value out of range, before anything starts."""
         for name, value in asdict(self).items():
-            flag = f"--{name.replace('_', '-')}"
             if value == [] and name != "rivals":  # ours may also be measured alone
-                raise UserError(f"{flag} is empty: it must have at least one value")
+                raise UserError(f"{flag(name)} is empty: it must have at least one value")
             least = 0 if name == "warmup" else 1
             for number in value if isinstance(value, list) else [value]:
                 if type(number) is int and number < least:
-                    raise UserError(f"{flag} is {value}: it must be at least {least}")
+                    raise UserError(f"{flag(name)} is {value}: it must be at least {least}")
                 if type(number) is float and number <= 0:
-                    raise UserError(f"{flag} is {value}: it must be more than 0")
+                    raise UserError(f"{flag(name)} is {value}: it must be more than 0")
 
 
 @dataclass(kw_only=True)

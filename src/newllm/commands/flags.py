@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from newllm.errors import UserError, nearest
+from newllm.errors import UserError, flag, nearest
 from newllm.paths import user_path
 from newllm.resolution import SCALES_FOLDER, check_values, load_scale, scale_names
 from newllm.settings import BUDGET, CONFIGS_FOLDER, CommonSettings, ExperimentSettings, RunSettings
@@ -164,10 +164,6 @@ class Parser(jsonargparse.ArgumentParser):
                 return UserError(f"{self.where}{nearest(given, choices, name)}")
             return UserError(f"{self.where}{name} is {given!r}: it must be {in_words(hint)}")
         return UserError(f"{self.where}{message.splitlines()[0]} (see {self.prog} --help)")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def groups(cls: type) -> dict[type, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from newllm.data.hub import load_tokenizer
 from newllm.data.windows import WindowDataset
 from newllm.devices import autocast, resolve_device, resolve_precision
-from newllm.errors import UserError
+from newllm.errors import UserError, flag
 from newllm.evaluation.perplexity import token_weighted_loss
 from newllm.evaluation.reading import as_measured
 from newllm.models import TransformerLM
@@ -53,8 +53,8 @@ def check_start(settings: CommonSettings) -> None:
     check_split(settings.start_from, settings)
     for name, size in trained_shape(settings.start_from).items():
         if getattr(settings, name) != size:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} is {getattr(settings, name)}: the model in {settings.start_from} has {size}")
+            given = getattr(settings, name)
+            raise UserError(f"{flag(name)} is {given}: the model in {settings.start_from} has {size}")
 
 
 def check_split(folder: str | Path, settings: CommonSettings) -> None:
@@ -72,7 +72,7 @@ def check_split(folder: str | Path, settings: CommonSettings) -> None:
         then, now = getattr(trained, name), getattr(settings, name)
         if then != now:
             raise UserError(
-                f"--{name.replace('_', '-')} {now}: {folder} was trained on this text with {then}, and another split "
+                f"{flag(name)} {now}: {folder} was trained on this text with {then}, and another split "
                 "holds out what it has read: leave it as it was, or give other text with --data"
             )
 
@@ -94,7 +94,8 @@ def start_from(model: TransformerLM, settings: RunSettings, data: PreparedData) 
     windows = WindowDataset(data.splits["train"], settings.seq_length, count)
     ids = torch.stack([windows[n]["input_ids"] for n in range(len(windows))])
     device = resolve_device(settings.device)
-    source = load_trained(path).to(device)  # type: ignore[arg-type]
+    # In float32, in which it is adapted: checkpoints of the hub are often in half precision.
+    source = load_trained(path).float().to(device)  # type: ignore[arg-type]
     model.to(device)  # type: ignore[arg-type]
     with as_measured(source, "float32"):
         own = adapt(source, model, ids.split(settings.eval_batch_size))

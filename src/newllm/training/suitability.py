@@ -7,7 +7,7 @@ import os
 import torch
 
 from newllm.data.tasks import task_shares
-from newllm.errors import UserError
+from newllm.errors import UserError, flag
 from newllm.models import TransformerLM, create_model
 from newllm.models.cache import TokenState
 from newllm.models.layers import Layer
@@ -29,7 +29,7 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
     - A trained model to start from must be there, and of their size.
     """
     check_start(settings)
-    shares = {f"--{name.replace('_', '-')}": share for name, share in task_shares(settings).items()}
+    shares = {flag(name): share for name, share in task_shares(settings).items()}
     if settings.streaming and shares:
         raise UserError(
             f"--streaming reads documents from beginning to end, {next(iter(shares))} makes windows that stand alone: "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
-from newllm.errors import UserError
+from newllm.errors import UserError, flag
 from newllm.resolution import fits
 from newllm.training.checkpoints import read_result
 from newllm.vintix.data import DATA_FILE
@@ -157,18 +157,12 @@ def _difference(run: Run, other: Run) -> str | None:
     for name in training_fields():
         value, another = run.config[name], other.config[name]
         if value != another and name != "device":
-            return f"{_flag(name)} is {value} in {run.folder}, {another} in {other.folder}"
+            return f"{flag(name)} is {value} in {run.folder}, {another} in {other.folder}"
     for data, more in zip(run.data, other.data, strict=True):
         for name, value in data["collect"].items():
             another = more["collect"][name]
             if value != another and not (other.demonstrator_only and name == "noise_free_share"):
-                return (
-                    f"{_flag(name)} is {value} in the histories of {run.folder}, {another} in those of {other.folder}"
-                )
+                return f"{flag(name)} is {value} in the histories of {run.folder}, {another} in those of {other.folder}"
         if data["family"] != more["family"]:
             return f"{run.folder} and {other.folder} have learned different tasks of {data['name']}"
     return None
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

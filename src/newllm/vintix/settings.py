@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from newllm.errors import UserError
+from newllm.errors import UserError, flag
 from newllm.resolution import check_seeds
 from newllm.settings import Precision
 
@@ -161,12 +161,12 @@ class VintixTrainSettings:
             raise UserError(f"--start-share is {self.start_share}: it must lie in [0, 1]")
         for name in ("lr", "checkpoint_minutes"):
             if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be greater than 0")
+                raise UserError(f"{flag(name)} is {getattr(self, name)}: it must be greater than 0")
         for name in ("seeds", "control_seeds"):
             check_seeds(name, getattr(self, name), SEEDS)
             seeds = getattr(self, name)
             if len(set(seeds)) < len(seeds):
-                raise UserError(f"--{name.replace('_', '-')} is {seeds}: each seed only once")
+                raise UserError(f"{flag(name)} is {seeds}: each seed only once")
         if not self.seeds and not self.control_seeds:
             raise UserError("--seeds is empty: give at least one seed")
 
@@ -272,13 +272,13 @@ class VintixBench(VintixModelSettings):
 def _share(settings: object, name: str) -> None:
     value = getattr(settings, name)
     if not 0 <= value < 1:
-        raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie in [0, 1)")
+        raise UserError(f"{flag(name)} is {value}: it must lie in [0, 1)")
 
 
 def _at_least(settings: object, name: str, least: int) -> None:
     value = getattr(settings, name)
     if value < least:
-        raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
+        raise UserError(f"{flag(name)} is {value}: it must be at least {least}")
 
 
 def model_values(settings: VintixModelSettings) -> dict[str, Any]:
