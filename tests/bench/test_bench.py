@@ -18,9 +18,10 @@ from newllm.bench.rivals import NAMES, build_rival, rival_cache
 from newllm.bench.settings import BenchSettings, DecodeBench, MemoryBench, TrainBench
 from newllm.bench.train import bench_train
 from newllm.bench.worker import BenchWork, build_subject, weight_bytes
-from newllm.commands.bench import TABLE_WIDTH, run, table
+from newllm.commands.bench import run, table
 from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
+from newllm.experiments.terminal import TABLE_WIDTH
 from newllm.models import create_model
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "vocab_size": 96}

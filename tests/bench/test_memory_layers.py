@@ -17,9 +17,10 @@ from newllm.bench.cumulative_sum import as_cumulative_sum
 from newllm.bench.rounds import BenchWorker
 from newllm.bench.settings import GrowthBench, ReadingBench
 from newllm.bench.stream import Stream
-from newllm.commands.bench import TABLE_WIDTH, run
+from newllm.commands.bench import run
 from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
+from newllm.experiments.terminal import TABLE_WIDTH
 from newllm.models import create_model
 from newllm.models.layers import create_layer
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from tiny_runs import tiny_comparison as tiny
 
 from newllm.cli import main
@@ -19,12 +20,13 @@ from newllm.data import prepare
 from newllm.errors import UserError
 from newllm.evaluation.perplexity import evaluate
 from newllm.experiments import run
-from newllm.experiments.compare import command, compare, resolve_out, run_folder
+from newllm.experiments.command_line import command_line
+from newllm.experiments.compare import compare, resolve_out, run_folder
 from newllm.experiments.figures import NO_BREAK
 from newllm.experiments.results import read_results
 from newllm.models import load_model
 from newllm.resolution import resolve
-from newllm.settings import ExperimentSettings, RunSettings
+from newllm.settings import CONFIGS_FOLDER, ExperimentSettings, RunSettings
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +311,7 @@ def test_the_command_in_the_report_is_short_and_means_the_same(flags):
     parser = Parser("compare", "", "", "")
     parser.add_settings(ExperimentSettings)
     settings = resolve(parser.settings(parser.parse(flags.split())))
-    said = command(settings)
+    said = command_line(settings)
     assert resolve(parser.settings(parser.parse(shlex.split(said)[2:]))) == settings
     assert len(said) <= len(f"newllm compare {flags}")
 
@@ -331,7 +333,7 @@ def test_a_failing_model_is_recorded_and_the_others_go_on(text, tmp_path, capsys
     plugin = tmp_path / "broken.py"
     plugin.write_text(PLUGIN.format(name="broken_one"))
     settings = tiny(text, tmp_path / "out", models=["broken_one", "mqa"], plugin=str(plugin))
-    flags = shlex.split(command(resolve(settings)))[1:]
+    flags = shlex.split(command_line(resolve(settings)))[1:]
     assert main(flags) == 1
     results = read_results(tmp_path / "out")
     assert [row["model"] for row in results["rows"]] == ["mqa"]
@@ -344,7 +346,7 @@ def test_when_every_model_fails_that_is_one_line(text, tmp_path, capsys):
     plugin = tmp_path / "broken.py"
     plugin.write_text(PLUGIN.format(name="broken_two"))
     settings = tiny(text, tmp_path / "out", models=["broken_two"], plugin=str(plugin))
-    assert main(shlex.split(command(resolve(settings)))[1:]) == 1
+    assert main(shlex.split(command_line(resolve(settings)))[1:]) == 1
     assert re.fullmatch(
         "newllm: error: every run failed; broken_two, seed 0: ZeroDivisionError: nothing to divide by .*error.txt.*\n",
         capsys.readouterr().err,
@@ -397,11 +399,18 @@ def test_an_interrupted_comparison_is_readable_and_continues(text, tmp_path, mon
 )
 def test_the_printed_command_repeats_the_comparison(changes):
     settings = resolve(ExperimentSettings(**changes))
-    words = shlex.split(command(settings))
+    words = shlex.split(command_line(settings))
     assert words[:2] == ["newllm", "compare"]
     parser = Parser("compare")
     parser.add_settings(ExperimentSettings)
     assert dataclasses.asdict(resolve(parser.settings(parser.parse(words[2:])))) == dataclasses.asdict(settings)
+
+
+def test_a_config_is_not_named_that_sets_what_the_comparison_leaves_open():
+    config = yaml.safe_load((CONFIGS_FOLDER / "caches_70m.yaml").read_text())
+    assert config["eval_tokens"]
+    assert "--config caches_70m" in command_line(resolve(ExperimentSettings(**config)))
+    test_the_printed_command_repeats_the_comparison(config | {"eval_tokens": None})
 
 
 def test_folder_names_are_safe(tmp_path):

@@ -17,8 +17,9 @@ from tiny_runs import STEP, tiny_comparison
 
 from newllm.cli import main
 from newllm.errors import UserError
-from newllm.experiments import jobs
-from newllm.experiments.compare import command, compare
+from newllm.experiments import jobs, worker
+from newllm.experiments.command_line import command_line
+from newllm.experiments.compare import compare
 from newllm.experiments.results import read_results
 from newllm.resolution import resolve
 from newllm.training.checkpoints import checkpoints, read_result
@@ -103,7 +104,7 @@ def start(settings):
 def run_command(settings):
     sys.stderr = open(f"{settings.out}.errors", "a", buffering=1)  # noqa: SIM115 (the process ends with it)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell would ignore it
-    os._exit(main(shlex.split(command(settings))[1:]))
+    os._exit(main(shlex.split(command_line(settings))[1:]))
 
 
 def wait_for_training(folders, since, process):
@@ -136,8 +137,8 @@ def test_interrupted_and_killed_it_ends_as_if_nothing_had_happened(tiny, one_at_
     assert len(workers) == 2
     process.kill()
     process.join()
-    for worker in workers:
-        assert not running(worker, seconds=2)
+    for process in workers:
+        assert not running(process, seconds=2)
 
     process = start(settings)
     process.join(600)
@@ -180,7 +181,15 @@ def test_zero_jobs_are_wrong_input(tiny, tmp_path):
 
 
 def test_a_worker_killed_in_the_middle_of_an_answer_is_a_dead_worker():
-    worker, answers = object.__new__(jobs.Worker), queue.SimpleQueue()
-    worker.process = types.SimpleNamespace(stdout=io.StringIO('{"line": 1}\n{"li'))
-    worker._listen(answers)
+    killed, answers = object.__new__(jobs.Worker), queue.SimpleQueue()
+    killed.process = types.SimpleNamespace(stdout=io.StringIO('{"line": 1}\n{"li'))
+    killed._listen(answers)
     assert [answers.get_nowait()[1], answers.get_nowait()[1]] == [{"line": 1}, None]
+
+
+def test_a_command_that_was_cut_off_ends_the_worker(monkeypatch):
+    ended, commands = [], queue.SimpleQueue()
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"run": 1}\n{"ru'))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    worker.read_commands(commands)
+    assert (commands.get_nowait(), ended) == ({"run": 1}, [worker.INTERRUPTED])

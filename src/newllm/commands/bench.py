@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,19 @@ from newllm.bench.settings import DecodeBench, GrowthBench, MemoryBench, Reading
 from newllm.bench.train import bench_train
 from newllm.errors import UserError
 from newllm.evaluation.processes import WorkerError
+from newllm.experiments.terminal import table_console
 
-# Columns of the printed table where the output is no terminal that has a width of its own.
-TABLE_WIDTH = 100
 SHORT = {"bfloat16": "bf16", "float32": "f32"}
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[Callable[[str], None]]:
+    """Shows what is being measured, as the caller says; raises UserError for a measuring process that died."""
+    try:
+        with Console(stderr=True).status("starting") as status:
+            yield status.update
+    except WorkerError as error:
+        raise UserError(str(error)) from error
 
 
 def run(settings: TrainBench | DecodeBench | MemoryBench | ReadingBench | GrowthBench) -> dict[str, Any]:
@@ -33,22 +43,19 @@ def run(settings: TrainBench | DecodeBench | MemoryBench | ReadingBench | Growth
     Raises:
         UserError: an unknown model, a value out of range, or a measuring process that died.
     """
-    try:
-        with Console(stderr=True).status("starting") as status:
-            match settings:
-                case TrainBench():
-                    result = bench_train(settings, status.update)
-                case DecodeBench():
-                    result = bench_decode(settings, status.update)
-                case MemoryBench():
-                    result = bench_memory(settings, status.update)
-                case ReadingBench():
-                    result = bench_reading(settings, status.update)
-                case GrowthBench():
-                    result = bench_growth(settings, status.update)
-    except WorkerError as error:
-        raise UserError(str(error)) from error
-    Console(width=None if sys.stdout.isatty() else TABLE_WIDTH).print(table(result))
+    with measuring() as progress:
+        match settings:
+            case TrainBench():
+                result = bench_train(settings, progress)
+            case DecodeBench():
+                result = bench_decode(settings, progress)
+            case MemoryBench():
+                result = bench_memory(settings, progress)
+            case ReadingBench():
+                result = bench_reading(settings, progress)
+            case GrowthBench():
+                result = bench_growth(settings, progress)
+    table_console().print(table(result))
     print(json.dumps(result))
     if isinstance(settings, GrowthBench) and settings.plot is not None:
         from newllm.commands.growth_plot import write_growth_plot

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from newllm.bench.lagged import bench_lagged
 from newllm.bench.lagged_settings import LaggedBench
-from newllm.commands.bench import TABLE_WIDTH
-from newllm.errors import UserError
-from newllm.evaluation.processes import WorkerError
+from newllm.commands.bench import measuring
 from newllm.experiments.figures import figure, number
 from newllm.experiments.results import finite
 from newllm.experiments.statistics import Estimate, estimate
+from newllm.experiments.terminal import table_console
 
 
 def run(settings: LaggedBench) -> dict[str, Any]:
@@ -26,12 +23,9 @@ def run(settings: LaggedBench) -> dict[str, Any]:
     Raises:
         UserError: an unknown model or method, a value out of range, or a measuring process that died.
     """
-    try:
-        with Console(stderr=True).status("starting") as status:
-            result = finite(bench_lagged(settings, status.update))
-    except WorkerError as error:
-        raise UserError(str(error)) from error
-    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    with measuring() as progress:
+        result = finite(bench_lagged(settings, progress))
+    console = table_console()
     console.print(speed_table(result))
     if result["quality"]:
         console.print(quality_table(result))

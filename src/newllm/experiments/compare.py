@@ -10,15 +10,10 @@ import contextlib
 import dataclasses
 import json
 import math
-import shlex
-import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
-from rich.console import Console
 
 from newllm import __version__
 from newllm.data import prepare
@@ -28,15 +23,16 @@ from newllm.devices import machine_info, resolve_device, set_threads
 from newllm.errors import UserError
 from newllm.evaluation.efficiency import KEYS as EFFICIENCY
 from newllm.evaluation.efficiency import measure_all
+from newllm.experiments.command_line import command_line
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
 from newllm.experiments.results import FILE_NAME, Results, check_taken_row, finite, read_results, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
-from newllm.experiments.terminal import print_table
+from newllm.experiments.terminal import print_table, table_console
 from newllm.models import check_model_spec, load_plugin
 from newllm.resolution import resolve
-from newllm.settings import BUDGET, CONFIGS_FOLDER, ExperimentSettings, RunSettings
+from newllm.settings import ExperimentSettings, RunSettings
 from newllm.training import check_loggers, check_suitability, new_model
 from newllm.training.checkpoints import (
     ERROR_FILE,
@@ -56,8 +52,6 @@ if TYPE_CHECKING:
 
 
 EFFICIENCY_FILE = "efficiency.json"  # measured speed and memory, which are kept
-# Columns of the printed table where the output is no terminal that has a width of its own.
-TABLE_WIDTH = 100
 
 
 def compare(settings: ExperimentSettings) -> Path:
@@ -76,7 +70,7 @@ def compare(settings: ExperimentSettings) -> Path:
     out = resolve_out(settings)
     make_folder(out)
     refuse_other_folder(out)
-    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    console = table_console()
     earlier = [(path, read_results(Path(path))) for path in settings.reuse]
     with lock(out), Display(console, len(settings.runs())) as display:
         data = prepare(settings, display.say)
@@ -281,7 +275,7 @@ class Comparison:
         return {
             "name": self.settings.name,
             "settings": dataclasses.asdict(self.settings),
-            "command": command(self.settings),
+            "command": command_line(self.settings),
             "machine": machine_info() | ({"runs_at_a_time": self.jobs} if self.jobs > 1 else {}),
             "data": self.data.info,
             "baseline": self.settings.models[0],
@@ -322,36 +316,3 @@ class Comparison:
 def _same_run(run: RunSettings, rows: dict[str | None, dict[str, Any]]) -> dict[str, Any] | None:
     """The row of exactly this run. One of our own models is the same whether a plugin with others is loaded or not."""
     return rows.get(run.hash()) or rows.get(dataclasses.replace(run, plugin=None).hash())
-
-
-def command(settings: ExperimentSettings) -> str:
-    """The shortest command line that repeats the comparison, from a scale or a named config; settings are resolved."""
-    settings = dataclasses.replace(settings, reuse=[])  # it saves work and changes no figure
-    lines = [["--scale", settings.scale, *flags_that_differ(settings, ExperimentSettings(scale=settings.scale))]]
-    for path in sorted(CONFIGS_FOLDER.glob("*.yaml")):
-        base = ExperimentSettings(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        lines.append(["--config", path.stem, *flags_that_differ(settings, base)])
-    return shlex.join(["newllm", "compare", *min(lines, key=lambda words: len(" ".join(words)))])
-
-
-def flags_that_differ(settings: ExperimentSettings, base: ExperimentSettings) -> list[str]:
-    """Flags that make `base` the settings; what the settings leave open is not named."""
-    base = resolve(base)
-    differ = {field.name for field in dataclasses.fields(settings) if _differ(settings, base, field.name)}
-    if differ & set(BUDGET):
-        differ |= set(BUDGET)  # a part of a budget would replace all of the base's
-    words = []
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name in differ and value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += ["--" + field.name.replace("_", "-"), *(flag_value(item) for item in values)]
-    return words
-
-
-def _differ(settings: ExperimentSettings, base: ExperimentSettings, name: str) -> bool:
-    return getattr(settings, name) != getattr(base, name)
-
-
-def flag_value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,6 +5,7 @@ Small models do not keep all cores busy: two runs on one thread each train more 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -26,6 +27,7 @@ from newllm.devices import resolve_device
 from newllm.errors import UserError
 from newllm.evaluation.processes import cause_of_death
 from newllm.experiments.progress import Display, RunLine
+from newllm.experiments.results import Row
 from newllm.experiments.run import RunError, finish_run
 from newllm.settings import ExperimentSettings, RunSettings
 from newllm.training.callbacks import TrainProgress
@@ -34,9 +36,7 @@ from newllm.training.checkpoints import ERROR_FILE, read_result
 if TYPE_CHECKING:
     from newllm.data import PreparedData
 
-MEMORY_OF_A_JOB = 4 * 2**30
-
-Row = dict[str, Any]
+MEMORY_OF_A_JOB = 4 * 2**30  # bytes; `--jobs` says so
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,11 @@ class Worker:
 
     def _listen(self, answers: queue.SimpleQueue[tuple[Worker, dict[str, Any] | None]]) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if not line.endswith("\n"):
-                break  # killed while it answered
-            answers.put((self, json.loads(line)))
+        with self.process.stdout as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    break  # killed while it answered
+                answers.put((self, json.loads(line)))
         answers.put((self, None))
 
     def send(self, **command: Any) -> None:
@@ -111,6 +112,19 @@ class Worker:
     def start(self, task: Task, line: RunLine) -> None:
         self.task, self.line = task, line
         self.send(run=dataclasses.asdict(task.run), folder=str(task.folder))
+
+    def show(self, answer: dict[str, Any]) -> bool:
+        """Shows what the run says on its way; False where the answer is its end."""
+        assert self.line is not None
+        if "progress" in answer:
+            self.line(TrainProgress(**answer["progress"]))
+        elif "phase" in answer:
+            self.line.phase(answer["phase"])
+        elif "say" in answer:
+            self.line.say(answer["say"])
+        else:
+            return False
+        return True
 
     def close(self) -> None:
         self.process.kill()
@@ -133,39 +147,32 @@ class Workers:
 
     def finish(self, tasks: list[Task]) -> Iterator[tuple[Task, Row | Exception]]:
         """Yields each run with its row, or with what went wrong, in the order in which they end."""
-        waiting = list(reversed(tasks))
+        waiting = collections.deque(tasks)
         for _ in range(min(self.jobs, len(tasks))):
-            self._start(self._new_worker(waiting[-1].run), waiting.pop())
+            self._start(waiting.popleft())
         while any(worker.task for worker in self.workers):
             worker, answer = self.answers.get()
             if worker.task is None:  # it has died after its last run
                 continue
+            if answer is not None and worker.show(answer):
+                continue
             assert worker.line is not None
-            if answer is not None and "progress" in answer:
-                worker.line(TrainProgress(**answer["progress"]))
-            elif answer is not None and "phase" in answer:
-                worker.line.phase(answer["phase"])
-            elif answer is not None and "say" in answer:
-                worker.line.say(answer["say"])
-            else:
-                worker.line.end()
-                task, worker.task = worker.task, None
-                outcome = self._outcome(worker, task, answer)
-                if answer is None:
-                    self.workers.remove(worker)
-                    worker.close()
-                if waiting:
-                    following = waiting.pop()
-                    self._start(worker if answer is not None else self._new_worker(following.run), following)
-                yield task, outcome
+            worker.line.end()
+            task, worker.task = worker.task, None
+            outcome = self._outcome(worker, task, answer)
+            if answer is None:
+                self.workers.remove(worker)
+                worker.close()
+            if waiting:
+                self._start(waiting.popleft(), None if answer is None else worker)
+            yield task, outcome
 
-    def _new_worker(self, run: RunSettings) -> Worker:
-        worker = Worker(self.answers)
-        self.workers.append(worker)
-        worker.send(plugin=run.plugin, threads=self.threads, data=str(self.data.tokenizer_dir.parent))
-        return worker
-
-    def _start(self, worker: Worker, task: Task) -> None:
+    def _start(self, task: Task, worker: Worker | None = None) -> None:
+        """Begins a run, in a new process unless there is one that waits."""
+        if worker is None:
+            worker = Worker(self.answers)
+            self.workers.append(worker)
+            worker.send(plugin=task.run.plugin, threads=self.threads, data=str(self.data.tokenizer_dir.parent))
         worker.start(task, self.display.start(task.index, task.run))
 
     def _outcome(self, worker: Worker, task: Task, answer: dict[str, Any] | None) -> Row | Exception:

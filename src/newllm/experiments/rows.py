@@ -45,10 +45,12 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
     validation, test = data.splits["validation"], data.splits["test"]
     result = evaluate(model, test, settings)
     trained_tokens = training.tokens * training.best_step / training.steps  # the kept checkpoint has read no more
-    start = read_result(folder).get("start")
+    phases = read_result(folder)
+    start = phases.get("start")
     before = [{"step": 0, "tokens": 0, "val_loss": start["val_loss"]}] if start else []
     longest = max(settings.seq_length, settings.position_window, settings.sliding_window)  # type: ignore[type-var]
     checks = check_model(model) + check_as_trained(model, longest, settings.precision)  # type: ignore[arg-type]
+    valid = is_causal(checks)
     return {
         "model": settings.model,
         "seed": settings.seed,
@@ -59,8 +61,8 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "seconds": training.seconds,
         "stopped_early": training.stopped_early,
         "best_step": training.best_step,
-        "reconstruction": read_result(folder).get("reconstruction"),
-        "projection": read_result(folder).get("projection"),
+        "reconstruction": phases.get("reconstruction"),
+        "projection": phases.get("projection"),
         "start": start_figures(start) if start else None,
         "val_loss": training.best_val_loss,
         "val_ppl": perplexity(training.best_val_loss),
@@ -76,12 +78,9 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         "recurrence": recurrence_figures(model, test, settings),
         "selective": selective_figures(model, test, settings),
         "checks": [dataclasses.asdict(check) for check in checks],
-        "valid": is_causal(checks),
+        "valid": valid,
         "ppl_band": ppl_band(
-            result["ppl"],
-            test.num_bytes / len(test.ids),
-            causal=is_causal(checks),
-            overlap=data.info["overlap"]["test"],
+            result["ppl"], test.num_bytes / len(test.ids), causal=valid, overlap=data.info["overlap"]["test"]
         ),
         "curve": before + [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         "sample": sample(model, data, settings),

@@ -1,6 +1,8 @@
-"""The main figures of a comparison in the terminal."""
+"""Tables in the terminal; that of the main figures of a comparison."""
 
 from __future__ import annotations
+
+import sys
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +13,14 @@ from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.results import Results
 from newllm.experiments.summary import best_models, decimals, ranked, summarise
 
+TABLE_WIDTH = 100
+"""Columns of a printed table where the output is no terminal that has a width of its own."""
 TERMINAL_COLUMNS = [column for column in MAIN_COLUMNS if column.key not in ("test_bits_per_byte", "peak_memory_bytes")]
+
+
+def table_console() -> Console:
+    """A console on standard output that is wide enough for a table."""
+    return Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
 
 
 def print_table(results: Results, console: Console) -> None:

@@ -50,6 +50,8 @@ class Reporter:
 def read_commands(commands: queue.SimpleQueue[dict[str, Any]]) -> None:
     """Hands on what standard input says; an interrupt reaches the main thread as Ctrl-C does."""
     for line in sys.stdin:
+        if not line.endswith("\n"):
+            break  # who wrote it was killed
         command = json.loads(line)
         if "interrupt" in command:
             _thread.interrupt_main()
