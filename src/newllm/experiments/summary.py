@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -83,6 +83,14 @@ def ranked(summaries: Iterable[ModelSummary]) -> list[ModelSummary]:
 def measured(summaries: Iterable[ModelSummary], key: str) -> list[ModelSummary]:
     """The valid models with records under a key of their rows, best perplexity first."""
     return [s for s in ranked(summaries) if s.valid and s.records(key)]
+
+
+def rows_of(
+    summaries: Iterable[ModelSummary], key: str, cells: Callable[[list[dict[str, Any]]], list[str]]
+) -> dict[str, Any] | None:
+    """A table of the `measured` models: for each the cells that its records make. None where there is no such model."""
+    rows = [{"model": summary.model, "cells": cells(summary.records(key))} for summary in measured(summaries, key)]
+    return {"rows": rows} if rows else None
 
 
 def interval_over(shown: list[ModelSummary], key: str, sample: str) -> str:

@@ -6,15 +6,14 @@ from typing import Any
 
 from newllm.experiments.figures import mean_figure, number, percent
 from newllm.experiments.statistics import estimate
-from newllm.experiments.summary import ModelSummary, measured
+from newllm.experiments.summary import ModelSummary, rows_of
 
 KEY = "memories"
 
 
 def memories_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     """A row for each valid model with memories, best perplexity first; None where there is no such model."""
-    rows = [{"model": s.model, "cells": cells(s.records(KEY))} for s in measured(summaries, KEY)]
-    return {"rows": rows} if rows else None
+    return rows_of(summaries, KEY, cells)
 
 
 def cells(records: list[dict[str, Any]]) -> list[str]:

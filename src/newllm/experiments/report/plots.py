@@ -80,9 +80,10 @@ def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
             )
         traces.append(trace(model, "mean", [value.mean], [place], error_x=error_bars([value]), hovertemplate=hover))
     baseline = next((s for s in shown if s.is_baseline and s.model not in beyond), None)
-    line = [{"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1}] if baseline and len(shown) > 1 else []
-    for shape in line:
-        shape["x0"] = shape["x1"] = baseline.mean(LEAD) if baseline else None
+    lines = []
+    if baseline and len(shown) > 1:
+        mean = baseline.mean(LEAD)
+        lines.append({"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "x0": mean, "x1": mean})
     layout = {
         "xaxis": {"title": {"text": "test perplexity (lower is better)"}},
         "yaxis": {
@@ -90,7 +91,7 @@ def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
             "ticktext": [label(s.model, LABEL_WIDTH) for s in shown],
             "range": [len(shown) - 0.4, -0.6],
         },
-        "shapes": line,
+        "shapes": lines,
         "annotations": notes,
     }
     return {"data": traces, "layout": layout}

@@ -7,7 +7,7 @@ from typing import Any
 
 from newllm.experiments.figures import mean_figure
 from newllm.experiments.report.plots import Figure, label, trace
-from newllm.experiments.summary import ModelSummary, measured
+from newllm.experiments.summary import ModelSummary, measured, rows_of
 
 KEY = "projection"
 
@@ -38,8 +38,7 @@ def projection_plots(summaries: list[ModelSummary]) -> dict[str, Figure]:
 
 def projection_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     """A row for each of these models; None where there is none."""
-    rows = [{"model": s.model, "cells": cells(s.records(KEY))} for s in measured(summaries, KEY)]
-    return {"rows": rows} if rows else None
+    return rows_of(summaries, KEY, cells)
 
 
 def cells(found: list[dict[str, Any]]) -> list[str]:

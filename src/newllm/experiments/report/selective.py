@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from newllm.experiments.figures import mean_figure
-from newllm.experiments.summary import ModelSummary, measured
+from newllm.experiments.summary import ModelSummary, rows_of
 
 KEY = "selective"
 
 
 def selective_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
     """A row for each valid model with such gates, best perplexity first; None where there is no such model."""
-    rows = [{"model": s.model, "cells": cells(s.records(KEY))} for s in measured(summaries, KEY)]
-    return {"rows": rows} if rows else None
+    return rows_of(summaries, KEY, cells)
 
 
 def cells(records: list[dict[str, Any]]) -> list[str]:
