@@ -13,6 +13,7 @@ import types
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from tiny_runs import STEP, tiny_comparison
 
 from newllm.cli import main
@@ -20,9 +21,11 @@ from newllm.errors import UserError
 from newllm.experiments import jobs, worker
 from newllm.experiments.command_line import command_line
 from newllm.experiments.compare import compare
+from newllm.experiments.progress import Display
 from newllm.experiments.results import read_results
+from newllm.experiments.run import RunError
 from newllm.resolution import resolve
-from newllm.training.checkpoints import checkpoints, read_result
+from newllm.training.checkpoints import checkpoints, read_result, write_result
 
 PLUGIN = """
 import os, signal
@@ -193,3 +196,54 @@ def test_a_command_that_was_cut_off_ends_the_worker(monkeypatch):
     monkeypatch.setattr(os, "_exit", ended.append)
     worker.read_commands(commands)
     assert (commands.get_nowait(), ended) == ({"run": 1}, [worker.INTERRUPTED])
+
+
+class ScriptedWorker(jobs.Worker):
+    """Answers a run at once, with what the script has for it; None is its death."""
+
+    script: dict
+    begun: list
+
+    def __init__(self, answers):
+        self.task = self.line = None
+        self.answers, self.errors = answers, io.StringIO("Killed")
+        self.process = types.SimpleNamespace(wait=lambda: None)
+        self.begun.append(self)
+
+    def send(self, **command):
+        if "run" in command:
+            for answer in self.script[command["run"]["model"]]:
+                self.answers.put((self, answer))
+
+    def close(self):
+        pass
+
+
+def test_what_workers_say_is_shown_and_a_dead_one_is_replaced(tiny, tmp_path, monkeypatch):
+    settings = tiny(tmp_path, models=["a", "b", "c", "d"])
+    tasks = [jobs.Task(index, run, tmp_path / run.model) for index, run in enumerate(settings.runs())]
+    (tmp_path / "a").mkdir()
+    write_result(tmp_path / "a", {"row": {"model": "a"}})
+    ScriptedWorker.begun = []
+    ScriptedWorker.script = {
+        "a": [{"phase": "evaluating"}, {"say": "almost"}, {"done": True}],
+        "b": [None],
+        "c": [{"error": "no", "is_user_error": False}],
+        "d": [{"error": "wrong", "is_user_error": True}],
+    }
+    monkeypatch.setattr(jobs, "Worker", ScriptedWorker)
+    monkeypatch.setattr(jobs, "cause_of_death", lambda process, errors: "it was killed")
+    data = types.SimpleNamespace(tokenizer_dir=tmp_path / "data" / "tokenizer")
+    display = Display(Console(file=io.StringIO(), width=200), len(tasks))
+    with jobs.Workers(2, 1, data, display) as workers:
+        ended = {task.run.model: outcome for task, outcome in workers.finish(tasks)}
+    assert list(ended) == ["a", "b", "c", "d"]
+    assert ended["a"] == {"model": "a"}
+    assert [(type(ended[name]), str(ended[name])) for name in "bcd"] == [
+        (RunError, "it was killed"),
+        (RunError, "no"),
+        (UserError, "wrong"),
+    ]
+    assert len(ScriptedWorker.begun) == 3, "one in place of the dead one"
+    assert "[1/4] a, seed 0: almost" in display.console.file.getvalue()
+    assert (tmp_path / "b" / "error.txt").read_text() == "Killed\nit was killed\n"
