@@ -84,20 +84,36 @@ SEEDS = 2**32
 
 def check_values(settings: CommonSettings) -> None:
     """Raises UserError for a value that is out of range whatever the others are; None is left to the scale."""
-    for name in POSITIVE:
+    check_positive(settings, *POSITIVE)
+    for name, least in AT_LEAST.items():
+        check_at_least(settings, least, name)
+    check_shares(settings, *SHARES)
+    for name in ("seed", "seeds"):
+        check_seeds(name, getattr(settings, name, []))
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raises UserError where one of these values is not greater than 0; what is None, or not there, is left out."""
+    for name in names:
         value = getattr(settings, name, None)
         if value is not None and not value > 0:
             raise UserError(f"{flag(name)} is {value}: it must be greater than 0")
-    for name, least in AT_LEAST.items():
+
+
+def check_at_least(settings: Any, least: int, *names: str) -> None:
+    """Raises UserError where one of these values is less; what is None is left out."""
+    for name in names:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"{flag(name)} is {value}: it must be at least {least}")
-    for name in SHARES:
+
+
+def check_shares(settings: Any, *names: str) -> None:
+    """Raises UserError where one of these values does not lie in [0, 1)."""
+    for name in names:
         value = getattr(settings, name)
         if not 0 <= value < 1:
             raise UserError(f"{flag(name)} is {value}: it must lie in [0, 1)")
-    for name in ("seed", "seeds"):
-        check_seeds(name, getattr(settings, name, []))
 
 
 def check_seeds(name: str, value: int | list[int], limit: int = SEEDS) -> None:

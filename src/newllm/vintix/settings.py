@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from newllm.errors import UserError, flag
-from newllm.resolution import check_seeds
+from newllm.resolution import check_at_least, check_positive, check_seeds, check_shares
 from newllm.settings import Precision
 
 CONFIGS_FOLDER = Path(__file__).parent / "configs"
@@ -49,13 +49,10 @@ class CollectSettings:
 
     def check_collect(self) -> None:
         """Raises UserError for a value out of range, before anything starts."""
-        for name in ("train_tasks", "validation_tasks", "test_tasks", "histories_per_task", "history_steps"):
-            _at_least(self, name, 1)
-        for name in ("score_episodes", "group_steps"):
-            _at_least(self, name, 1)
+        check_at_least(self, 1, "train_tasks", "validation_tasks", "test_tasks", "histories_per_task", "history_steps")
+        check_at_least(self, 1, "score_episodes", "group_steps")
         check_seeds("collect_seed", self.collect_seed, SEEDS)
-        if not self.noise_power > 0:
-            raise UserError(f"--noise-power is {self.noise_power}: it must be greater than 0")
+        check_positive(self, "noise_power")
         if not 0 <= self.noise_free_share <= 1:
             raise UserError(f"--noise-free-share is {self.noise_free_share}: it must lie in [0, 1]")
 
@@ -85,9 +82,8 @@ class VintixModelSettings:
 
     def check_model(self) -> None:
         """Raises UserError for a value out of range, before anything starts."""
-        for name in ("num_layers", "num_heads", "intermediate_size", "context", "max_episode_steps"):
-            _at_least(self, name, 1)
-        _share(self, "dropout")
+        check_at_least(self, 1, "num_layers", "num_heads", "intermediate_size", "context", "max_episode_steps")
+        check_shares(self, "dropout")
         if self.hidden_size < 4 or self.hidden_size % 2 or self.hidden_size % self.num_heads:
             raise UserError(
                 f"--hidden-size is {self.hidden_size}: it must be even, at least 4, and a multiple of --num-heads "
@@ -148,20 +144,13 @@ class VintixTrainSettings:
 
     def check_train(self) -> None:
         """Raises UserError for a value out of range, before anything starts."""
-        for name in ("steps", "batch_size", "gradient_accumulation", "evaluations", "validation_episodes"):
-            _at_least(self, name, 1)
-        for name in ("threads", "jobs"):
-            if getattr(self, name) is not None:
-                _at_least(self, name, 1)
-        for name in ("weight_decay", "max_grad_norm"):
-            _at_least(self, name, 0)
-        for name in ("warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2"):
-            _share(self, name)
+        check_at_least(self, 1, "steps", "batch_size", "gradient_accumulation", "evaluations", "validation_episodes")
+        check_at_least(self, 1, "threads", "jobs")
+        check_at_least(self, 0, "weight_decay", "max_grad_norm")
+        check_shares(self, "warmup_ratio", "min_lr_ratio", "adam_beta1", "adam_beta2")
         if not 0 <= self.start_share <= 1:
             raise UserError(f"--start-share is {self.start_share}: it must lie in [0, 1]")
-        for name in ("lr", "checkpoint_minutes"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{flag(name)} is {getattr(self, name)}: it must be greater than 0")
+        check_positive(self, "lr", "checkpoint_minutes")
         for name in ("seeds", "control_seeds"):
             check_seeds(name, getattr(self, name), SEEDS)
             seeds = getattr(self, name)
@@ -191,10 +180,7 @@ class VintixEvaluateSettings:
 
     def check_evaluate(self) -> None:
         """Raises UserError for a value out of range, before anything starts."""
-        for name in ("episodes", "headline_episode", "resamples", "strip_tasks"):
-            _at_least(self, name, 1)
-        if self.evaluate_context is not None:
-            _at_least(self, "evaluate_context", 1)
+        check_at_least(self, 1, "episodes", "headline_episode", "resamples", "strip_tasks", "evaluate_context")
         check_seeds("evaluate_seed", self.evaluate_seed, SEEDS)
         if self.headline_episode > self.episodes:
             raise UserError(
@@ -209,8 +195,7 @@ class VintixSettings(CollectSettings, VintixModelSettings, VintixTrainSettings, 
     def check_evaluate(self) -> None:
         """Also of --threads, which evaluation shares with training."""
         super().check_evaluate()
-        if self.threads is not None:
-            _at_least(self, "threads", 1)
+        check_at_least(self, 1, "threads")
 
 
 @dataclass(kw_only=True)
@@ -261,24 +246,9 @@ class VintixBench(VintixModelSettings):
     def check(self) -> None:
         """Raises UserError for a value out of range, before anything starts."""
         self.check_model()
-        for name in ("observation_size", "action_size", "environments", "rounds", "steps"):
-            _at_least(self, name, 1)
-        if self.threads is not None:
-            _at_least(self, "threads", 1)
+        check_at_least(self, 1, "observation_size", "action_size", "environments", "rounds", "steps", "threads")
         if not self.laps or min(self.laps) < 1:
             raise UserError(f"--laps is {self.laps}: give whole numbers of at least 1")
-
-
-def _share(settings: object, name: str) -> None:
-    value = getattr(settings, name)
-    if not 0 <= value < 1:
-        raise UserError(f"{flag(name)} is {value}: it must lie in [0, 1)")
-
-
-def _at_least(settings: object, name: str, least: int) -> None:
-    value = getattr(settings, name)
-    if value < least:
-        raise UserError(f"{flag(name)} is {value}: it must be at least {least}")
 
 
 def model_values(settings: VintixModelSettings) -> dict[str, Any]:
