@@ -1,8 +1,10 @@
-"""Paths as users type them, and the folder for what is made once and kept."""
+"""Paths as users type them, what stands there, and the folder for what is made once and kept."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -20,6 +22,22 @@ def spelt_alike(name: str) -> str:
     """What a path is called wherever it is given from: its last part. A name that is no path stays as it is."""
     path = user_path(name)
     return path.resolve().name if path.exists() else name
+
+
+def weights_hash(folder: Path) -> str:
+    """Identifies the weights of a run folder or model folder, wherever it is."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("model/*.safetensors")])
+    return _content_hash(tuple((file, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.cache
+def _content_hash(files: tuple[tuple[Path, int], ...]) -> str:
+    """Of files, each with when it was written; a run is asked for its hash many times."""
+    digest = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def cache_folder(chosen: str | None = None) -> Path:

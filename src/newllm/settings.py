@@ -7,7 +7,6 @@ filled by the chosen scale, see `resolution`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from newllm.paths import spelt_alike, user_path
+from newllm.paths import spelt_alike, user_path, weights_hash
 
 CONFIGS_FOLDER = Path(__file__).parent / "experiments" / "configs"
 
@@ -331,22 +330,6 @@ class RunSettings(CommonSettings):
         if self.start_from is not None:
             values["start_from"] = weights_hash(user_path(self.start_from))
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def weights_hash(folder: Path) -> str:
-    """Identifies the weights of a run folder or model folder, wherever it is."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("model/*.safetensors")])
-    return _content_hash(tuple((file, file.stat().st_mtime_ns) for file in files))
-
-
-@functools.cache
-def _content_hash(files: tuple[tuple[Path, int], ...]) -> str:
-    """Of files, each with when it was written; a run is asked for its hash many times."""
-    digest = hashlib.sha256()
-    for file, _ in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def corpus_name(data: str) -> str:
