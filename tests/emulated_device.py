@@ -1,7 +1,7 @@
 """A device that this machine has not, emulated: numbers are computed on the CPU, what CUDA would refuse is refused.
 
-Run as a program, it takes every variant of every layer type and every preset of an architecture of its own through the
-checks and a training step there, and prints what fails. A process of its own: the backend it registers cannot be taken
+Run as a program, it takes every variant of every layer type and a model of every architecture through the checks and a
+training step there, and prints what fails. A process of its own: the backend it registers cannot be taken
 back, and the Trainer would then train on it.
 """
 
@@ -99,13 +99,13 @@ def refuse_mixture(operation, args, given):
 
 
 def subjects():
-    """Small models by name and options."""
+    """Small models by name and options: every variant of a layer, and a preset of every architecture."""
     for name, cls in LAYER_TYPES.items():
-        for options in ({}, *cls.variants):
+        for options in cls.variants:
             yield name, options
-    for name in preset_names():
-        if "architecture" in load_preset(name):
-            yield name, {}
+    presets = {load_preset(name).get("architecture"): name for name in preset_names()}
+    for name in presets.values():
+        yield name, {}
 
 
 def problems(name, options):
