@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from logits import max_logit_difference
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from newllm.errors import UserError
 from newllm.models import create_model
-from newllm.models.interop import from_gpt_neox, max_logit_difference, to_gpt_neox
+from newllm.models.interop import from_gpt_neox, to_gpt_neox
 
 
 @pytest.fixture(scope="module")

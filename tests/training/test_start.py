@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from logits import max_logit_difference
 from tiny_runs import SHAPE, STEP, metrics, run, tiny
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -15,7 +16,7 @@ from newllm.data import prepare
 from newllm.errors import UserError
 from newllm.experiments.results import read_results
 from newllm.models import load_model
-from newllm.models.interop import load_trained, max_logit_difference, trained_shape
+from newllm.models.interop import load_trained, trained_shape
 from newllm.training import start
 from newllm.training.checkpoints import checkpoints, read_result
 from newllm.training.run import new_model

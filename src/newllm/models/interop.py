@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -167,9 +166,3 @@ def _from(tensor: Tensor, name: str, heads: int) -> Tensor:
 
 def _to(tensor: Tensor, name: str, heads: int) -> Tensor:
     return tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2) if ".qkv." in name else tensor
-
-
-def max_logit_difference(ours: TransformerLM, theirs: GPTNeoXForCausalLM, input_ids: Tensor) -> float:
-    """Largest absolute difference of the two models' logits on input_ids (B, T)."""
-    with torch.no_grad():
-        return float((ours(input_ids).logits - theirs(input_ids).logits).abs().max())

@@ -41,16 +41,12 @@ def largest_code(bits: int) -> int:
 
 
 def vector_bytes(size: int, bits: int) -> int:
-    """Bytes of one vector of `size` numbers, its float16 scales included."""
-    return math.ceil(size * bits / 8) + 2 * groups(size)
+    """Bytes of one vector of `size` numbers, its float16 scales included.
 
-
-def bytes_per_number(size: int, bits: int) -> float:
-    """`vector_bytes` for each number: 1 + 2/32 (int8) and 1/2 + 2/32 (int4) where groups are full.
-
-    From 16 numbers on, scales add 2/16 at most, whatever the size.
+    That is 1 + 2/32 a number (int8) or 1/2 + 2/32 (int4) where groups are full; from 16 numbers on, scales add 2/16 at
+    most, whatever the size.
     """
-    return vector_bytes(size, bits) / size
+    return math.ceil(size * bits / 8) + 2 * groups(size)
 
 
 def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from newllm.errors import UserError
+from newllm.errors import UserError, flag
 from newllm.resolution import fits
 from newllm.vintix.environments import SPLITS, TaskFamily, from_spec
 from newllm.vintix.settings import CollectSettings
@@ -124,7 +124,7 @@ def _check_collect(collect: Any) -> None:
     settings = get_type_hints(CollectSettings)
     _mapping(collect, tuple(settings), "collect", alone=True)
     for key, hint in settings.items():
-        _need(fits(collect[key], hint), f"collect.{key}", collect[key], f"a value of --{key.replace('_', '-')}")
+        _need(fits(collect[key], hint), f"collect.{key}", collect[key], f"a value of {flag(key)}")
     try:
         CollectSettings(**collect).check_collect()
     except UserError as error:
