@@ -21,7 +21,8 @@ def write_growth_plot(result: dict[str, Any], path: Path) -> None:
 
     # The page says when it is drawn, for whoever takes a picture of it.
     drawn = "document.body.dataset.drawn = 'yes'"
-    path.write_text(to_html(growth_figure(result), full_html=True, post_script=drawn), encoding="utf-8")
+    page = to_html(growth_figure(result), config={"displayModeBar": False}, full_html=True, post_script=drawn)
+    path.write_text(page, encoding="utf-8")
 
 
 def growth_figure(result: dict[str, Any]) -> Any:
