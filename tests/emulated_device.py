@@ -24,7 +24,7 @@ INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 NO_NUMBERS = (aten.cat.default, aten.stack.default, aten.index_copy.default, aten.gather.default)
 # Those that go every way through a model, with a cache and without. ('saved' and 'bytes' look into storages, of which
 # an emulated tensor has none.)
-CHECKED = ("after padding", "reorder", "twin")
+CHECKED = ("after padding", "twin")
 
 
 class Backend(backend_registration._DummyBackendModule):
