@@ -219,7 +219,7 @@ def test_wrong_input_to_absorb(place, memory, tmp_path, capsys):
     wrong(capsys, "no folder", "absorb", infini, book, "--out", tmp_path / "none" / "a.memory")
     wrong(capsys, "no such folder; give the folder of a trained model", "absorb", "infini", book, *out)
     wrong(capsys, "no model in", "absorb", tmp_path / "folder", book, *out)
-    wrong(capsys, "no memory layer; presets that have one", "absorb", place / "pythia", book, *out)
+    wrong(capsys, "pythia: this model has no memory layer; presets", "absorb", place / "pythia", book, *out)
     wrong(capsys, "give --window N", "absorb", infini / "model", book, *out)
     wrong(capsys, "no such file", "absorb", infini, tmp_path / "none.txt", *out)
     wrong(capsys, "is a directory", "absorb", infini, tmp_path / "folder", *out)
@@ -230,6 +230,12 @@ def test_wrong_input_to_absorb(place, memory, tmp_path, capsys):
     wrong(capsys, "no such memory file", "absorb", infini, book, "--into", tmp_path / "none.memory")
     wrong(capsys, "not a memory file", "absorb", infini, book, "--into", tmp_path / "latin.txt")
     assert not (tmp_path / "a.memory").exists()
+
+
+def test_standard_input_is_called_by_its_name(place, tmp_path, monkeypatch, capsys):
+    for content, what in ((b" ", "no text in it"), (b"\xff", "not UTF-8 text (byte 0)")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        wrong(capsys, f"error: standard input: {what}", "absorb", place / "infini", "-", "--out", tmp_path / "a")
 
 
 def test_wrong_input_to_show_and_ask(place, memory, tmp_path, capsys):

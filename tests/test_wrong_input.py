@@ -385,6 +385,10 @@ CASES = {
     "prompt not UTF-8": (["generate", "gqa"], "standard input is not UTF-8"),
     "negative temperature": (["generate", "gqa", "--prompt", "a", "--temperature", "-1"], "--temperature is -1.0"),
     "temperature near 0": (["generate", "gqa", "--prompt", "a", "--temperature", "1e-40"], "at least 1e-06, or 0 for"),
+    "more threads than any machine has": (
+        ["generate", "gqa", "--prompt", "a", "--threads", "100000"],
+        "--threads is 100000: it must be at most 1024",
+    ),
     "no threads": (["generate", "gqa", "--prompt", "a", "--threads", "0"], "--threads is 0: it must be greater than 0"),
     "threads to show a memory": (["memory", "show", "x", "--model", "y", "--threads", "-1"], "--threads is -1"),
     "seed of a text": (["generate", "gqa", "--prompt", "a", "--seed", "-1"], "--seed is -1: a seed is a whole number"),

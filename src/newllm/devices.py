@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from newllm.errors import UserError
+from newllm.resolution import check_threads
 from newllm.settings import Precision
 
 
@@ -48,8 +49,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def set_threads(threads: int | None) -> None:
-    """Applies `--threads`. Results are bit-equal from run to run only for the same number of threads."""
+    """Applies `--threads`. Results are bit-equal from run to run only for the same number of threads.
+
+    Raises UserError for more than any machine has: torch would end the process without a word.
+    """
     if threads is not None:
+        check_threads(threads)
         torch.set_num_threads(threads)
 
 

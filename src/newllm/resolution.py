@@ -78,6 +78,8 @@ SHARES = (
     "projection_target",
 )
 
+MOST_THREADS = 1024
+"""With many more torch's kernels end the process."""
 SEEDS = 2**32
 """NumPy takes no seed from here on."""
 
@@ -88,6 +90,8 @@ def check_values(settings: CommonSettings) -> None:
     for name, least in AT_LEAST.items():
         check_at_least(settings, least, name)
     check_shares(settings, *SHARES)
+    if settings.threads is not None:
+        check_threads(settings.threads)
     for name in ("seed", "seeds"):
         check_seeds(name, getattr(settings, name, []))
 
@@ -114,6 +118,12 @@ def check_shares(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         if not 0 <= value < 1:
             raise UserError(f"{flag(name)} is {value}: it must lie in [0, 1)")
+
+
+def check_threads(threads: int) -> None:
+    """Raises UserError for more threads than torch starts."""
+    if threads > MOST_THREADS:
+        raise UserError(f"--threads is {threads}: it must be at most {MOST_THREADS}")
 
 
 def check_seeds(name: str, value: int | list[int], limit: int = SEEDS) -> None:

@@ -170,7 +170,10 @@ def open_trained(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokeni
     """The model of a folder, which must have a memory, and its tokenizer."""
     need_folder(Path(settings.model))
     model, tokenizer = open_model(settings)
-    model.memory_layers()
+    try:
+        model.memory_layers()
+    except UserError as error:
+        raise UserError(f"{settings.model}: {error}") from None
     return model, tokenizer
 
 
@@ -224,6 +227,7 @@ def read_text(name: str) -> str:
     """The text of a file, or of standard input for '-'."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        name = "standard input" if name == "-" else name
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None

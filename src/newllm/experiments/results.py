@@ -90,10 +90,12 @@ def read_results(folder: Path) -> Results:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error.msg.lower()} at line {error.lineno}), perhaps cut off: "
-            "move it and its reports away and start the compare command again, finished runs are kept"
-        ) from error
+        advice = (
+            "perhaps cut off: move it and its reports away and start the compare command again, finished runs are kept"
+            if path.name == FILE_NAME
+            else "give a results.json written by `newllm compare`"
+        )
+        raise UserError(f"{path} is not valid JSON ({error.msg.lower()} at line {error.lineno}), {advice}") from error
     except (ValueError, RecursionError) as error:  # other bytes, a number of thousands of digits, brackets without end
         raise UserError(
             f"{path} is not text that a comparison has written: give a results.json written by `newllm compare`"
