@@ -18,6 +18,7 @@ from newllm.cli.bench import BENCHES
 from newllm.commands.flags import field_docs
 from newllm.commands.generate import GenerateSettings, continue_text
 from newllm.data.hub import load_tokenizer
+from newllm.experiments.compare import check_models
 from newllm.models import create_model
 from newllm.models.factory import preset_names
 from newllm.models.layers import LAYER_TYPES
@@ -146,7 +147,9 @@ def test_the_help_of_adapt_tells_its_own_defaults(run_folder, capsys):
     told = re.search(r"--models (.*?)--seeds", " ".join(capsys.readouterr().out.split()))[1]
     printed = printed_config(["adapt", str(run_folder)], capsys)
     assert (printed["models"][0], printed["name"]) == ("pythia", "adapt")
-    assert all(re.search(rf"\b{model}\b", told) for model in printed["models"][1:])
+    assert all(re.search(rf"\b{model.partition(':')[0]}\b", told) for model in printed["models"][1:])
+    assert printed["models"][-2:] == ["infini:segment_length=4", "infini_adapter:segment_length=4"], "windows of 16"
+    check_models(ExperimentSettings(**printed | {"num_layers": 2, "start_from": None}))
     assert "pythia_alibi" not in told
 
 

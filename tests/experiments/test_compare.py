@@ -285,7 +285,8 @@ def test_runs_on_another_text_are_not_taken_over(text, finished, tmp_path):
 
 def test_a_file_that_is_no_comparison_is_refused_before_anything_trains(text, tmp_path):
     (tmp_path / "half.json").write_text('{"rows": [')
-    for path, complaint in ((tmp_path / "half.json", "not valid JSON .*, give a results.json written by"), (tmp_path / "none", "does not exist")):
+    other = "not valid JSON .*, give a results.json written by"
+    for path, complaint in ((tmp_path / "half.json", other), (tmp_path / "none", "does not exist")):
         with pytest.raises(UserError, match=complaint):
             compare(tiny(text, tmp_path / "out", reuse=[str(path)]))
     assert not list((tmp_path / "out").glob("*"))

@@ -9,7 +9,9 @@ from typing import Any
 from newllm.commands.folders import run_config
 from newllm.settings import DataSettings, ExperimentSettings, ShapeSettings
 
-OTHER_LAYERS = ["mla_geometric", "mqa", "v_dproj", "infini", "infini_adapter"]
+OTHER_LAYERS = ["mla_geometric", "mqa", "v_dproj"]
+WITH_MEMORY = ["infini", "infini_adapter"]
+SEGMENT = 128  # tokens of a segment of theirs, than which windows must be longer
 
 
 @dataclass(kw_only=True)
@@ -18,7 +20,7 @@ class AdaptSettings(ExperimentSettings):
 
     models: list[str] = field(default_factory=list)
     """Presets or layer types to put the weights into; the first is the baseline. Default: the trained model as it is,
-    mla_geometric, mqa, v_dproj, infini and infini_adapter."""
+    mla_geometric, mqa, v_dproj, infini and infini_adapter; these two with shorter segments where windows are short."""
     name: str = "adapt"
     """Title of the report."""
 
@@ -30,7 +32,10 @@ def settings_for(folder: str) -> dict[str, Any]:
     trained = run_config(folder)
     kept = {f.name for cls in (ShapeSettings, DataSettings) for f in dataclasses.fields(cls)} | {"scale", "plugin"}
     of_run = {name: value for name, value in trained.items() if name in kept}
-    models = list(dict.fromkeys([trained.get("model", "pythia"), *OTHER_LAYERS]))
+    window = trained.get("seq_length")
+    shorter = f":segment_length={max(1, window // 4)}" if window is not None and window <= SEGMENT else ""
+    with_memory = [name + shorter for name in WITH_MEMORY]
+    models = list(dict.fromkeys([trained.get("model", "pythia"), *OTHER_LAYERS, *with_memory]))
     path, _ = trained_folder(folder)
     of_model = trained_shape(folder) | {"tokenizer": str(path), "start_from": folder}
     return of_run | of_model | {"models": models}
