@@ -115,8 +115,10 @@ def test_training_plays_validation_tasks_and_never_a_test_task(data, tmp_path, m
     original = TaskFamily.make
     monkeypatch.setattr(TaskFamily, "make", make)
     train(VintixRun(**SMALL | {"target": "demonstrator"}), [data], tmp_path / "run")
-    assert len(made) == SMALL["evaluations"]
-    for validation, test, played in made:
+    (_, _, checked), *evaluated = made
+    assert checked == [0], "a step in the first training task, by which the metadata are checked"
+    assert len(evaluated) == SMALL["evaluations"]
+    for validation, test, played in evaluated:
         assert played == validation
         assert not set(played) & set(test)
 
