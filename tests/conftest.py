@@ -1,6 +1,7 @@
 """Shared by all tests: quiet, deterministic, on as many threads as pytest-xdist leaves each worker."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# What a shell runs in the background starts with Ctrl-C ignored; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 # Shared machines stall: a slow example is no failing one.
 settings.register_profile("newllm", deadline=None, max_examples=25, derandomize=True)

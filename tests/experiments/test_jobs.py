@@ -106,7 +106,6 @@ def start(settings):
 
 def run_command(settings):
     sys.stderr = open(f"{settings.out}.errors", "a", buffering=1)  # noqa: SIM115 (the process ends with it)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell would ignore it
     os._exit(main(shlex.split(command_line(settings))[1:]))
 
 

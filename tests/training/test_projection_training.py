@@ -132,7 +132,6 @@ def test_an_iteration_is_the_plain_one_over_the_stream(text, tmp_path):
 
 def interrupt_at(moments):
     """Ctrl-C after these steps, each once."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell would ignore it
     left = list(moments)
 
     def on_progress(progress):
