@@ -1,16 +1,25 @@
 """The commands of Vintix: from histories to the report, configs by name, and one line for what is wrong."""
 
 import json
-from concurrent.futures import Future
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+import psutil
 import pytest
+import vintix_waiting
 import yaml
 from vintix_stub import SMALL, write_dataset
 
 from newllm.cli import main
 from newllm.commands import vintix as commands
 from newllm.commands.flags import config_names
+from newllm.training.locks import is_running
 from newllm.vintix.settings import CONFIGS_FOLDER, VintixSettings
 
 FLAGS = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -56,6 +65,45 @@ def test_a_process_that_dies_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     data = write_dataset(tmp_path / "histories", train_tasks=2)
     argv = ["vintix", "train", str(data), *FLAGS, "--jobs", "2", "--seeds", "0", "1", "--out", str(tmp_path / "r")]
     complain(argv, "a process that trained has died, perhaps for want of memory", capsys, tmp_path, monkeypatch)
+
+
+def wait_for(what):
+    for _ in range(600):
+        if (value := what()) is not None:
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited for a minute")
+
+
+def written(path):
+    return int(path.read_text()) if path.is_file() and path.read_text() else None
+
+
+def test_a_process_that_trains_hears_of_an_interruption_once_from_the_one_that_started_it(tmp_path):
+    """At any time, also while it still reads its histories; what the terminal sends it itself does not count."""
+    spawn = multiprocessing.get_context("spawn")
+    interrupted = spawn.Event()
+    with ProcessPoolExecutor(1, spawn, commands._begin_process, (interrupted,)) as pool:
+        running, next_one = (pool.submit(vintix_waiting.train, tmp_path / name) for name in ("first", "second"))
+        process = wait_for(lambda: written(tmp_path / "first"))
+        os.kill(process, signal.SIGINT)
+        time.sleep(1)
+        assert not running.done()
+        interrupted.set()
+        assert isinstance(running.exception(60), KeyboardInterrupt)
+        assert isinstance(next_one.exception(60), KeyboardInterrupt)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_process_that_trains_ends_with_the_one_that_started_it(tmp_path):
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, vintix_waiting.__file__, str(tmp_path / "pid")]
+    starter = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+    process = wait_for(lambda: written(tmp_path / "pid"))
+    began = psutil.Process(process).create_time()
+    starter.kill()
+    starter.wait()
+    wait_for(lambda: None if is_running(process, began) else True)
 
 
 @pytest.mark.parametrize("name", config_names(CONFIGS_FOLDER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import json
 import multiprocessing
@@ -9,6 +10,8 @@ import os
 import shlex
 import signal
 import sys
+import threading
+import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -92,23 +95,53 @@ def _train(run: VintixRun, data: list[Path], folder: Path) -> VintixTrainResult:
 
 
 _interrupted: Any = None  # in a process that trains: an event, set when the user has interrupted the command
+LISTENING = 0.2  # seconds between two looks of such a process at the one that started it
 
 
 def _begin_process(interrupted: Any) -> None:
-    """Ctrl-C reaches every process of the terminal; here it counts only while a run is trained, which saves then."""
+    """A process that trains hears of Ctrl-C from the one that started it, once, and so has the time to save.
+
+    What the terminal sends is blocked: it comes at any time, again and again, and not at all where the command alone
+    was interrupted, as by `kill -INT`. While there is nothing to train, an interruption is of no matter.
+    """
     global _interrupted
     _interrupted = interrupted
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_listen, daemon=True).start()
+
+
+def _listen() -> None:
+    """Hands an interruption on to the main thread; ends this process with the one that started it, however that ended.
+
+    Otherwise it would train on after `kill -9`, and keep the command from continuing.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    handed_on = False
+    while parent.is_alive():
+        if not handed_on and _interrupted.is_set():
+            _thread.interrupt_main()
+            handed_on = True
+        time.sleep(LISTENING)
+    os._exit(1)
 
 
 def _train_in_process(run: VintixRun, data: list[Path], folder: Path) -> VintixTrainResult:
-    if _interrupted.is_set():  # the pool hands out one run too many before it can be told to stop
-        raise KeyboardInterrupt
-    return _train(run, data, folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if _interrupted.is_set():  # the pool hands out one run too many before it can be told to stop
+            raise KeyboardInterrupt
+        return _train(run, data, folder)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _train_together(work: list[tuple[VintixRun, list[Path], Path]], jobs: int) -> None:
-    """Each run in a process of its own, on its share of the threads: small models gain little from several."""
+    """Each run in a process of its own, on its share of the threads: small models gain little from several.
+
+    Where one fails, the others save their state and end as well: it is said at once, and the same command continues.
+    """
     context = multiprocessing.get_context("spawn")
     interrupted = context.Event()
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -129,7 +162,7 @@ def _train_together(work: list[tuple[VintixRun, list[Path], Path]], jobs: int) -
         interrupted.set()
         raise
     finally:
-        # A run that is interrupted saves its state, and is waited for; one that has not begun does not begin.
+        # A run under way saves its state, and is waited for; one that has not begun does not begin.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
