@@ -98,6 +98,41 @@ def test_the_engine_reads_a_history_as_training_does(tmp_path, environment):
         engine.action = torch.from_numpy(raw.action[step : step + 1]).double()  # what was done there
 
 
+def test_rows_to_reset_come_as_numbers_or_as_a_mask():
+    observation, reward, start = raw_steps(3, 4, starts=())
+    for rows in ([1], np.array([1]), [False, True, False], np.array([False, True, False])):
+        engine = VintixEngine(small_model(), 3)
+        play(engine, observation, reward, start, [(3, rows)])
+        assert engine.lengths.tolist() == [4, 1, 4]
+    for rows, lengths in (([], [4, 1, 4]), ([False] * 3, [4, 1, 4]), (None, [0, 0, 0])):
+        engine.reset(rows)
+        assert engine.lengths.tolist() == lengths
+
+
+def test_a_row_that_is_reset_is_rid_of_numbers_that_are_not_finite():
+    model = small_model(context=7)
+    observation, reward, start = raw_steps(2, 12, starts=(5,))
+    spoilt = observation.clone()
+    spoilt[1, 2] = float("nan")
+    actions, kept = (play(VintixEngine(model, 2), steps, reward, start, [(4, [1])]) for steps in (spoilt, observation))
+    assert actions[1, 2:4].isnan().all()
+    assert torch.equal(actions[1, 4:], kept[1, 4:])
+    assert torch.equal(actions[0], kept[0])
+
+
+def test_an_answer_that_is_changed_is_not_what_the_model_has_said():
+    """In float32, where numbers need not be copied to be handed out."""
+    model = small_model().float()
+    observation, reward, start = raw_steps(2, 2, starts=())
+    said = []
+    for factor in (1, 7):
+        engine = VintixEngine(model, 2)
+        action = engine.act(observation[:, 0].numpy(), reward[:, 0].numpy(), start[:, 0].numpy())
+        action *= factor
+        said.append(engine.act(observation[:, 1].numpy(), reward[:, 1].numpy()))
+    assert np.array_equal(*said)
+
+
 def test_rows_do_not_see_each_other():
     model = small_model(context=7)
     observation, reward, start = raw_steps(3, 20, starts=(5,))

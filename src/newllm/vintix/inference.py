@@ -54,6 +54,15 @@ class RingCache:
             forgotten = self.step - distance < self.first[:, None]  # (B, used)
             self.bias = self.bias.masked_fill(forgotten.repeat_interleave(self.heads, 0)[:, None], float("-inf"))
 
+    def forget(self, rows: Tensor) -> None:
+        """Rows (n,) int64 see nothing of what they have read.
+
+        It is overwritten as well: a number that is not finite would come through a weight of 0.
+        """
+        self.first[rows] = self.step + 1
+        for stored in (self.keys, self.values):
+            stored.unflatten(1, (self.rows, self.heads))[:, rows] = 0
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, H, 1, d) of the step being read; the mixed values (B, H, 1, d)."""
         slot, used, d = self.step % self.capacity, min(self.step + 1, self.capacity), q.shape[3]
@@ -103,10 +112,15 @@ class VintixEngine:
         """(B,) steps each row remembers."""
         return (self.ring.step + 1 - self.ring.first).clamp(max=self.context)
 
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        """These rows, or all, forget everything: their next observation is the first of a new task."""
-        index = torch.arange(self.rows) if rows is None else torch.as_tensor(rows, dtype=torch.long)
-        self.ring.first[index] = self.ring.step + 1
+    def reset(self, rows: Sequence[int] | np.ndarray | None = None) -> None:
+        """Rows forget everything: their next observation is the first of a new task.
+
+        Args:
+            rows: their numbers, or a mask (B,) bool, as the ends of episodes come from an environment; None for all.
+        """
+        chosen = np.arange(self.rows) if rows is None else np.asarray(rows)
+        index = torch.as_tensor(np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64))
+        self.ring.forget(index)
         self.fresh[index] = True
 
     @torch.no_grad()
@@ -141,7 +155,7 @@ class VintixEngine:
         hidden = self.model.run(tokens, attends)
         self.action = torch.minimum(torch.maximum(self.model.heads[self.group](hidden)[:, 0], self.low), self.high)
         self.fresh = torch.zeros_like(self.fresh)
-        return self.action.float().cpu().numpy()
+        return self.action.float().cpu().numpy().copy()  # the caller may change it; the model knows what it answered
 
     def _tensor(self, values: object) -> Tensor:
         return torch.as_tensor(np.asarray(values), dtype=self.dtype, device=self.device)
