@@ -186,6 +186,18 @@ def test_report_of_several_seeds_and_a_control(data, tmp_path):
     assert over["random uniform"][-2:] == ["—", "tasks"]
     assert html.count('<svg class="plane"') == 4
     assert not re.search(r'(src|href)="https?:', html.split("<script")[0])
+    # Every axis says what is on it, and the legend tells each run from the others.
+    shown = json.loads(re.search(r'id="report-data">(.*?)</script>', html)[1])["figures"]
+    scale = "(0 random play, 1 demonstrator)"
+    titles = {name: (figure["xTitle"], figure["yTitle"]) for name, figure in shown.items()}
+    assert titles == {
+        "plot-family-point_reacher": ("episode", f"normalised score {scale}"),
+        "plot-training": ("optimizer step", f"score on validation tasks {scale}"),
+    }
+    assert all(f'class="legend" data-plot="{name}"' in html for name in shown)
+    runs = shown["plot-training"]["curves"]
+    assert [curve["name"] for curve in runs] == ["seed-0", "seed-1", "demonstrator_only-0"]
+    assert len({(curve["color"], curve["dash"]) for curve in runs}) == 3
 
 
 def test_test_tasks_begin_in_states_that_training_has_not_begun_in(tmp_path):

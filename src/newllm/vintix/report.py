@@ -33,6 +33,8 @@ TARGET_SOURCES = {
     "taken": "Algorithm Distillation, arXiv 2210.14215",
     "demonstrator": "as in the Decision-Pretrained Transformer, arXiv 2306.14892",
 }
+SCALE = "(0 random play, 1 demonstrator)"
+DASHES = ("solid", "dash", "dot")  # of runs that have one colour
 REFERENCES = ("demonstrator", "blind", "random")  # drawn without their intervals, which the table has
 STRIP_NOTES = {
     "point_reacher": "The path of the point, seen from above. The ring is the goal, which is not observed; the black "
@@ -143,8 +145,8 @@ def headline_words(family: dict[str, Any], episode: int) -> str:
 
     text = (
         f"{family['name'].replace('_', ' ').capitalize()}: in episode {episode} of an unseen task the model scores "
-        f"{score('full')}, in episode 1 {family['curves']['full']['value'][0]:.2f}. With its context emptied at every "
-        f"episode it scores {score('context_reset')}, with rewards masked {score('reward_masked')}"
+        f"{score('full')}, after {family['curves']['full']['value'][0]:.2f} in episode 1. With its context emptied at "
+        f"every episode it scores {score('context_reset')}, with rewards masked {score('reward_masked')}"
     )
     if "demonstrator_only" in family["curves"]:
         text += f"; trained on histories of the demonstrator alone {score('demonstrator_only')}"
@@ -204,20 +206,27 @@ def score_figure(family: dict[str, Any]) -> dict[str, Any]:
         episodes = list(range(1, len(values["value"]) + 1))
         band = {} if key in REFERENCES else {"low": values["low"], "high": values["high"]}
         curves.append(look | band | {"x": episodes, "y": values["value"]})
-    return {"curves": curves, "xTitle": "episode", "yTitle": "normalised score", "fromZero": False}
+    return {"curves": curves, "xTitle": "episode", "yTitle": f"normalised score {SCALE}", "fromZero": False}
 
 
 def training_figure(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Validation score against optimizer step, a line for each run."""
-    curves = []
+    """Validation score against optimizer step, a line for each run, in the colour of what it plays above."""
+    curves, drawn = [], {False: 0, True: 0}
     for run in runs:
         points = [point for point in run["curve"] if "score" in point]
-        color = CURVES["demonstrator_only" if run["demonstrator_only"] else "full"][2]
+        control = run["demonstrator_only"]
+        color, dash = CURVES["demonstrator_only" if control else "full"][2], DASHES[drawn[control] % len(DASHES)]
+        drawn[control] += 1
         curves.append(
-            {"name": run["folder"], "color": color, "dash": "solid", "width": 2, "markers": True, "kind": "training"}
+            {"name": run["folder"], "color": color, "dash": dash, "width": 2, "markers": True, "kind": "training"}
             | {"x": [point["step"] for point in points], "y": [point["score"] for point in points]}
         )
-    return {"curves": curves, "xTitle": "optimizer step", "yTitle": "score on validation tasks", "fromZero": True}
+    return {
+        "curves": curves,
+        "xTitle": "optimizer step",
+        "yTitle": f"score on validation tasks {SCALE}",
+        "fromZero": True,
+    }
 
 
 def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
