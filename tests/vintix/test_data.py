@@ -125,6 +125,16 @@ def damage_numbers(path):
         file["0-9"]["reward"][3] = np.nan
 
 
+def damage_steps(path):
+    with h5py.File(path, "a") as file:
+        file["0-9"]["step_num"][3] = -1
+
+
+def damage_first_step(path):
+    with h5py.File(path, "a") as file:
+        file["0-9"]["step_num"][:5] = np.arange(1, 6)
+
+
 DAMAGES = [value for name, value in list(globals().items()) if name.startswith("damage_")]
 
 
@@ -146,8 +156,8 @@ def test_a_flipped_bit_is_refused_or_harmless(tmp_path_factory, where, bit):
     path.write_bytes(content)
     with contextlib.suppress(UserError):
         back = read_history(path, 25, 3, 2)
-        assert np.array_equal(back.observation, history(25).observation)
-        assert np.array_equal(back.reward, history(25).reward)
+        for name in ("observation", "action", "reward", "step_num"):
+            assert np.array_equal(getattr(back, name), getattr(history(25), name))
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "[" * 100_000, '{"format": 0}', '{"format": 1}'])

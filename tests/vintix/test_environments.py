@@ -40,6 +40,8 @@ def played(env, seed, steps=30):
 def test_an_unknown_environment_is_named_with_the_nearest():
     with pytest.raises(UserError, match="did you mean 'point_reacher'"):
         family_of("point_reachr")
+    with pytest.raises(UserError, match=r"unknown environment '\.\./families/reacher'"):
+        family_of("../families/reacher")  # a name, not a path
 
 
 @pytest.mark.parametrize("name", ["reacher", "inverted_pendulum"])

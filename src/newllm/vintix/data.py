@@ -83,6 +83,9 @@ def read_history(path: Path, steps: int, observation_size: int, action_size: int
             raise UserError(f"{path}: {key} has the shape {columns[key].shape}, not {shape}; {AGAIN}")
         if not np.isfinite(columns[key]).all():
             raise UserError(f"{path}: {key} has values that are not finite; {AGAIN}")
+    step = columns["step_num"]
+    if step[0] != 0 or not ((step[1:] == 0) | (step[1:] == step[:-1] + 1)).all():
+        raise UserError(f"{path}: step_num does not count the steps of episodes from 0; {AGAIN}")
     return History(*(columns[key] for key in KEYS))
 
 

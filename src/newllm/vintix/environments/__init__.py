@@ -92,7 +92,7 @@ def family_names() -> list[str]:
 def task_family(settings: CollectSettings) -> TaskFamily:
     """The family of the settings. Raises UserError for an unknown one, or where a package it needs is not installed."""
     path = FAMILIES_FOLDER / f"{settings.environment}.yaml"
-    if not path.is_file():
+    if settings.environment not in family_names():
         raise nearest(settings.environment, family_names(), "environment")
     counts = {split: getattr(settings, f"{split}_tasks") for split in SPLITS}
     options = yaml.safe_load(path.read_text(encoding="utf-8"))
