@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import numpy as np
@@ -37,6 +38,13 @@ def data(tmp_path_factory):
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_the_learning_rate_follows_the_optimizers_steps_not_the_micro_batches(data, tmp_path):
+    """Of which there are two in each of the 8 steps: one of warm-up, then half a cosine, to 0 at the last."""
+    train(VintixRun(**SMALL, lr=1e-2), [data], tmp_path / "run")
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "learning_rate" in line]
+    assert rates == pytest.approx([1e-2 * (1 + math.cos(math.pi * step / 7)) / 2 for step in range(8)])
 
 
 def test_a_killed_and_continued_run_equals_an_uninterrupted_one(data, tmp_path):
@@ -123,7 +131,7 @@ def test_training_plays_validation_tasks_and_never_a_test_task(data, tmp_path, m
         assert not set(played) & set(test)
 
 
-def test_the_schedule_counts_optimizer_steps_and_decay_spares_vectors(data, tmp_path):
+def test_a_warm_up_is_a_share_of_the_steps_and_decay_spares_vectors(data, tmp_path):
     run = VintixRun(**SMALL | {"steps": 200}, warmup_ratio=0.05, lr=1.0, weight_decay=0.3)
     model = module.new_model(run, [module.read_histories(data)])
     trainer = VintixTrainer(run, lambda model: 0.0, None, tmp_path, model=model)
