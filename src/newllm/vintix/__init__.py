@@ -18,5 +18,6 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"newllm vintix needs {error.name or module}, which is not installed: pip install 'new-llm[vintix]'"
+            f"newllm vintix needs {error.name or module}, which is not installed: in the folder of New-LLM, "
+            "pip install -e '.[vintix]' -c constraints.txt"
         ) from None
