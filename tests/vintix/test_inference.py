@@ -133,6 +133,28 @@ def test_an_answer_that_is_changed_is_not_what_the_model_has_said():
     assert np.array_equal(*said)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"observation": np.zeros((3, 3))}, r"observation has the shape \(3, 3\), not \(2, 3\)"),
+        ({"observation": np.zeros((1, 3))}, r"observation has the shape \(1, 3\), not \(2, 3\)"),
+        ({"observation": np.zeros(3)}, r"observation has the shape \(3,\), not \(2, 3\)"),
+        ({"previous_reward": 0.0}, r"previous_reward has the shape \(\), not \(2,\)"),
+        ({"previous_reward": np.zeros((2, 1))}, r"previous_reward has the shape \(2, 1\), not \(2,\)"),
+        ({"episode_start": [True]}, r"episode_start has the shape \(1,\), not \(2,\)"),
+    ],
+)
+def test_what_has_another_shape_is_refused_and_not_read(given, message):
+    model = small_model(inner_ep_pos_enc=True)
+    right = {"observation": np.ones((2, 3)), "previous_reward": np.zeros(2), "episode_start": [0, 1]}  # numbers will do
+    refused, engine = VintixEngine(model, 2), VintixEngine(model, 2)
+    for each in (refused, engine):
+        each.act(**right)
+    with pytest.raises(UserError, match=message):
+        refused.act(**right | given)
+    assert np.array_equal(refused.act(**right), engine.act(**right))
+
+
 def test_rows_do_not_see_each_other():
     model = small_model(context=7)
     observation, reward, start = raw_steps(3, 20, starts=(5,))

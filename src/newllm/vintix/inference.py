@@ -138,13 +138,20 @@ class VintixEngine:
 
         Returns:
             (B, a) float32, within the action space.
+
+        Raises:
+            UserError: arrays of other shapes; nothing has been read then.
         """
-        start = self.fresh if episode_start is None else self.fresh | torch.as_tensor(episode_start, device=self.device)
+        seen = self._read("observation", observation, self.rows, len(self.mean))
+        paid = self._read("previous_reward", previous_reward, self.rows)
+        start = self.fresh
+        if episode_start is not None:
+            start = start | self._read("episode_start", episode_start, self.rows).bool()
         self.step_in_episode = torch.where(start, 0, self.step_in_episode + 1)
         tokens = self.model.embed(
-            ((self._tensor(observation) - self.mean) / self.std)[:, None],
+            ((seen - self.mean) / self.std)[:, None],
             self.action[:, None],
-            (self._tensor(previous_reward) * self.reward_scale)[:, None, None],
+            (paid * self.reward_scale)[:, None, None],
             start[:, None],
             self.fresh[:, None],
             self.step_in_episode[:, None],
@@ -156,6 +163,12 @@ class VintixEngine:
         self.action = torch.minimum(torch.maximum(self.model.heads[self.group](hidden)[:, 0], self.low), self.high)
         self.fresh = torch.zeros_like(self.fresh)
         return self.action.float().cpu().numpy().copy()  # the caller may change it; the model knows what it answered
+
+    def _read(self, name: str, values: object, *shape: int) -> Tensor:
+        tensor = self._tensor(values)
+        if tensor.shape != shape:
+            raise UserError(f"{name} has the shape {tuple(tensor.shape)}, not {shape}")
+        return tensor
 
     def _tensor(self, values: object) -> Tensor:
         return torch.as_tensor(np.asarray(values), dtype=self.dtype, device=self.device)
