@@ -175,6 +175,13 @@ def test_the_controls_histories_stand_beside_the_folder_one_is_in(tmp_path, monk
     assert (tmp_path / "r" / "demonstrator_only-0" / "model").is_dir()
 
 
+def test_a_context_that_is_too_long_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    histories = write_dataset(tmp_path / "histories", train_tasks=2)
+    argv = ["vintix", "train", str(histories), *FLAGS, "--context", "49", "--control-seeds", "0", "--out", "r"]
+    complain(argv, "--context is 49: the histories of point_reacher have 48 steps", capsys, tmp_path, monkeypatch)
+    assert [path.name for path in tmp_path.iterdir()] == ["histories"]
+
+
 def test_bench_prints_a_table_and_a_json_line(capsys):
     small = ["--hidden-size", "16", "--num-layers", "1", "--intermediate-size", "8", "--context", "16"]
     assert main(["bench", "vintix", *small, "--environments", "2", "--rounds", "1", "--steps", "2"]) == 0

@@ -46,13 +46,16 @@ def train(settings: VintixSettings, data: list[str], out: str | None) -> Path:
     """Trains a model for each seed and control seed, some at the same time, each in a folder of its own inside OUT."""
     from newllm.devices import resolve_device
     from newllm.training.checkpoints import make_folder
-    from newllm.vintix.data import read_metadata
+    from newllm.vintix.data import check_context, read_metadata
 
     settings.check_model()
     settings.check_train()
     device = resolve_device(settings.device)
     folders = [Path(name) for name in data]
-    names = [read_metadata(folder)["name"] for folder in folders]
+    told = [read_metadata(folder) for folder in folders]
+    for metadata in told:  # before histories of the control are collected, which takes minutes
+        check_context(settings.context, metadata["name"], min(entry["steps"] for entry in metadata["histories"]))
+    names = [metadata["name"] for metadata in told]
     if len(set(names)) < len(names):
         raise UserError(f"the same family of tasks twice: {' '.join(names)}")
     folder = Path(out) if out is not None else default_folder(names)

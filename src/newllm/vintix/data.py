@@ -157,6 +157,15 @@ def read_histories(folder: Path) -> Histories:
     )
 
 
+def check_context(context: int, name: str, steps: int) -> None:
+    """Raises UserError where the histories of a family, of so many steps, are shorter than a context."""
+    if steps < context:
+        raise UserError(
+            f"--context is {context}: the histories of {name} have {steps} steps; choose a shorter context, or collect "
+            "with more --history-steps"
+        )
+
+
 def _broken(folder: Path, what: str) -> UserError:
     return UserError(f"{folder / METADATA}: broken: {what}; {AGAIN}")
 
@@ -188,11 +197,7 @@ class HistoryDataset:
         self.datasets, self.context, self.seed, self.block = datasets, context, seed, block
         self.start_share = start_share
         for data in datasets:
-            if data.reward.shape[1] < context:
-                raise UserError(
-                    f"--context is {context}: the histories of {data.name} have {data.reward.shape[1]} steps; "
-                    "choose a shorter context, or collect with more --history-steps"
-                )
+            check_context(context, data.name, data.reward.shape[1])
         steps = np.array([data.reward.size for data in datasets])
         self.shares = steps / steps.sum()
         self.length = max(1, int(steps.sum()) // context) if length is None else length
