@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from newllm.models import create_model, preset_names
+from newllm.models import meta_model, preset_names
 from newllm.models.config import LMConfig
 from newllm.models.recurrent import RecurrentLM
 from newllm.models.transformer import register_architecture
@@ -53,6 +53,5 @@ def lively(model):
 
 def recurrent_presets():
     """Those whose model feeds a state back."""
-    with torch.device("meta"):
-        models = {name: create_model(name, **SHAPE | {"num_layers": 6}) for name in preset_names()}
+    models = {name: meta_model(name, **SHAPE | {"num_layers": 6}) for name in preset_names()}
     return [name for name, model in models.items() if isinstance(model, RecurrentLM) and model.state_size]

@@ -245,6 +245,15 @@ def test_runs_of_an_earlier_comparison_are_taken_over(text, finished, tmp_path, 
     assert f"{finished / 'results.json'}: none of its runs" in capsys.readouterr().out, "the first had them all"
 
 
+def test_how_states_are_trained_is_nothing_to_a_model_without_one(text, finished, tmp_path):
+    """And everything to one with a state, whose runs are others then."""
+    models, out = ["pythia", "continuous_fuse"], tmp_path / "one_pass"
+    one_pass = compare(tiny(text, out, models=models)).parent
+    settings = tiny(text, tmp_path / "two_passes", models=models, lagged_passes=2, reuse=[str(finished), str(one_pass)])
+    rows = read_results(compare(settings).parent)["rows"]
+    assert [(row["model"], bool(row.get("reused"))) for row in rows] == [("pythia", True), ("continuous_fuse", False)]
+
+
 @pytest.mark.parametrize("change", [{"max_tokens": 128}, {"seeds": [2]}, {"vocab_size": 301}])
 def test_runs_with_other_settings_are_not_taken_over(text, finished, tmp_path, change):
     settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(finished)], **change)

@@ -88,12 +88,9 @@ class LaggedBench(ShapeBench):
         return 2 * self.samples * self.seq_length * self._state_size()
 
     def _state_size(self) -> int:
-        import torch
+        from newllm.models import meta_model
 
-        from newllm.models import create_model
-
-        with torch.device("meta"):
-            return create_model(self.model, **self.shape()).state_size
+        return meta_model(self.model, **self.shape()).state_size
 
     def check(self) -> None:
         """Also for an unknown method or model, and one without a state."""

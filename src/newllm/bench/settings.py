@@ -65,11 +65,11 @@ class ModelBench(ShapeBench):
     def check(self) -> None:
         """Also for an unknown model."""
         super().check()
-        from newllm.models import check_model_spec
+        from newllm.models import meta_model
 
         refuse_twice("--models", self.models)
         for model in self.models:
-            check_model_spec(model, **self.shape())
+            meta_model(model, **self.shape())
 
 
 @dataclass(kw_only=True)

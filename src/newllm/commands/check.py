@@ -21,7 +21,7 @@ def check(folder: str | None, plugin: str | None, models: list[str]) -> bool:
         raise UserError("nothing to check: give a MODEL folder, --plugin FILE or --models NAME …")
     from newllm.commands.folders import plugin_of
     from newllm.evaluation.checks import check_layer_types, check_model, failed
-    from newllm.models import check_model_spec, load_model, load_plugin
+    from newllm.models import load_model, load_plugin, meta_model
 
     if folder is not None:
         plugin = plugin_of(folder, plugin)
@@ -30,7 +30,7 @@ def check(folder: str | None, plugin: str | None, models: list[str]) -> bool:
         results = {folder: check_model(load_model(folder))}
     else:
         for name in models:
-            check_model_spec(name)
+            meta_model(name)
         results = check_layer_types(models or own)
     broken = {name: failed(checks) for name, checks in results.items() if failed(checks)}
     for name, checks in results.items():

@@ -29,7 +29,7 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
     from newllm.data import prepare
     from newllm.data.hub import load_tokenizer
     from newllm.devices import resolve_device, set_threads
-    from newllm.models import check_model_spec, load_model, load_plugin
+    from newllm.models import load_model, load_plugin, meta_model
     from newllm.training import new_model
 
     device = resolve_device(settings.device)
@@ -43,7 +43,7 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
     else:
         if settings.plugin is not None:
             load_plugin(settings.plugin)
-        check_model_spec(settings.model)
+        meta_model(settings.model)
         settings = resolve(settings)
         data = prepare(settings)
         transformers.set_seed(settings.seed)

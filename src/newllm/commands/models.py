@@ -5,10 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-import torch
-
 from newllm.experiments.rows import describe_layers
-from newllm.models import TransformerLM, create_model
+from newllm.models import TransformerLM, meta_model
 from newllm.models.factory import docstring, load_plugin, load_preset, parse_model, preset_names
 from newllm.models.layers import LAYER_TYPES
 
@@ -35,8 +33,7 @@ def _list() -> None:
 
 
 def _explain(model: str) -> None:
-    with torch.device("meta"):
-        built = create_model(model)
+    built = meta_model(model)
     print(f"{model}: {load_preset(parse_model(model)[0])['about']}\n")
     print(f"In Pythia-70M's shape {built.num_parameters():,} parameters; layers: {describe_layers(built)}")
     if type(built) is not TransformerLM:

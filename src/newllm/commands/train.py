@@ -15,7 +15,7 @@ def train(settings: RunSettings, out: str | None) -> None:
     from newllm.devices import resolve_device
     from newllm.evaluation.perplexity import perplexity
     from newllm.experiments.progress import Display, duration
-    from newllm.models import check_model_spec, load_plugin
+    from newllm.models import load_plugin, meta_model
     from newllm.training import check_loggers, check_suitability
     from newllm.training import train as run
     from newllm.training.checkpoints import make_folder, refuse_other_files
@@ -25,7 +25,7 @@ def train(settings: RunSettings, out: str | None) -> None:
     check_loggers(settings)
     if settings.plugin is not None:
         load_plugin(settings.plugin)
-    check_model_spec(settings.model, **settings.shape())
+    meta_model(settings.model, **settings.shape())
     check_suitability(settings, [settings.model])
     shown = Path(out) if out is not None else default_folder(settings)
     folder = shown.resolve()  # a folder that is moved aside may be the one we are in

@@ -30,9 +30,9 @@ from newllm.experiments.report import write_report
 from newllm.experiments.results import FILE_NAME, Results, check_taken_row, finite, read_results, write_results
 from newllm.experiments.run import RunError, error_line, is_finished
 from newllm.experiments.terminal import print_table, table_console
-from newllm.models import check_model_spec, load_plugin
+from newllm.models import load_plugin, meta_model
 from newllm.resolution import resolve
-from newllm.settings import ExperimentSettings, RunSettings
+from newllm.settings import ExperimentSettings, LaggedSettings, RunSettings
 from newllm.training import check_loggers, check_suitability, new_model
 from newllm.training.checkpoints import (
     ERROR_FILE,
@@ -72,13 +72,14 @@ def compare(settings: ExperimentSettings) -> Path:
     refuse_other_folder(out)
     console = table_console()
     earlier = [(path, read_results(Path(path))) for path in settings.reuse]
-    with lock(out), Display(console, len(settings.runs())) as display:
+    runs = planned_runs(settings)
+    with lock(out), Display(console, len(runs)) as display:
         data = prepare(settings, display.say)
         if settings.recall_share:  # what cannot be measured is told before anything trains
             RecallDataset(data, settings, seed=0).task.check_evaluation(settings.recall_distances)
         if settings.reversal_share:
             ReversalTask(data)
-        comparison = Comparison(settings, out, data, display, jobs)
+        comparison = Comparison(settings, runs, out, data, display, jobs)
         tasks = comparison.reuse(earlier, comparison.keep_finished())
         if jobs == 1:
             for task, outcome in finish_here(tasks, data, display):
@@ -134,19 +135,34 @@ def check_models(settings: ExperimentSettings) -> None:
     if settings.plugin is not None:
         load_plugin(settings.plugin)
     for model in settings.models:
-        check_model_spec(model, **settings.shape())
+        meta_model(model, **settings.shape())
     check_suitability(settings, settings.models)
+
+
+def planned_runs(settings: ExperimentSettings) -> list[RunSettings]:
+    """The runs of a comparison. How states are trained is told to models that feed one back, and to no others: what
+    another model computes does not depend on it, and so its run can be taken over whatever the comparison says."""
+    idle = dataclasses.asdict(LaggedSettings())
+    recurrent = {model: meta_model(model, **settings.shape()).state_size > 0 for model in settings.models}
+    return [run if recurrent[run.model] else dataclasses.replace(run, **idle) for run in settings.runs()]
 
 
 class Comparison:
     """The runs so far, and the files that show them."""
 
     def __init__(
-        self, settings: ExperimentSettings, out: Path, data: PreparedData, display: Display, jobs: int
+        self,
+        settings: ExperimentSettings,
+        runs: list[RunSettings],
+        out: Path,
+        data: PreparedData,
+        display: Display,
+        jobs: int,
     ) -> None:
-        self.settings, self.out, self.data, self.display, self.jobs = settings, out, data, display, jobs
+        self.settings, self.runs, self.out, self.data = settings, runs, out, data
+        self.display, self.jobs = display, jobs
         self.created = datetime.now(UTC).isoformat(timespec="seconds")
-        self.row_of: dict[int, dict[str, Any]] = {}  # by the run's place in settings.runs()
+        self.row_of: dict[int, dict[str, Any]] = {}  # by the run's place in runs
         self.error_of: dict[int, Exception] = {}
         self.kept_earlier = False
 
@@ -158,7 +174,7 @@ class Comparison:
     def keep_finished(self) -> list[Task]:
         """Takes the rows of finished runs from their folders; returns the runs that are still to be done."""
         tasks = []
-        for index, run in enumerate(self.settings.runs()):
+        for index, run in enumerate(self.runs):
             folder = run_folder(self.out, run)
             result = read_result(folder)
             if is_finished(result, run) and result["data"] == self.data.fingerprint:
@@ -218,7 +234,7 @@ class Comparison:
         index, first = min(self.error_of.items())
         if isinstance(first, UserError):
             return first
-        run = self.settings.runs()[index]
+        run = self.runs[index]
         error = RunError(
             f"every run failed; {run.model}, seed {run.seed}: {error_line(first)} "
             f"(details: {run_folder(self.out, run) / ERROR_FILE})"
@@ -268,7 +284,7 @@ class Comparison:
         return folder
 
     def run_of(self, row: dict[str, Any]) -> RunSettings:
-        return next(run for run in self.settings.runs() if (run.model, run.seed) == (row["model"], row["seed"]))
+        return next(run for run in self.runs if (run.model, run.seed) == (row["model"], row["seed"]))
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
@@ -286,9 +302,8 @@ class Comparison:
         }
 
     def failed(self) -> list[dict[str, Any]]:
-        runs = self.settings.runs()
         return [
-            {"model": runs[index].model, "seed": runs[index].seed, "error": error_line(error)}
+            {"model": self.runs[index].model, "seed": self.runs[index].seed, "error": error_line(error)}
             for index, error in sorted(self.error_of.items())
         ]
 
@@ -307,7 +322,7 @@ class Comparison:
             return
         self.kept_earlier = True
         rows = {row.get("hash"): row for row in read_results(self.out)["rows"]}
-        ours = [row["hash"] for run in self.settings.runs() if (row := _same_run(run, rows)) is not None]
+        ours = [row["hash"] for run in self.runs if (row := _same_run(run, rows)) is not None]
         if rows.keys() - set(ours):
             old, *_ = set_aside(*filter(Path.is_file, shown_files(self.out)))
             self.display.say(f"{self.out} holds a comparison of other runs: kept as {old.name}, with its report")

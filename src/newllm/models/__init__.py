@@ -3,11 +3,11 @@
 from newllm.models.context import ContextLM, ContextPythiaLM, ContextVectorLM
 from newllm.models.continuous import ContinuousLM
 from newllm.models.factory import (
-    check_model_spec,
     create_model,
     load_model,
     load_plugin,
     load_preset,
+    meta_model,
     model_config,
     parse_model,
     preset_names,
@@ -25,11 +25,11 @@ __all__ = [
     "DProjLM",
     "SelectiveLM",
     "TransformerLM",
-    "check_model_spec",
     "create_model",
     "load_model",
     "load_plugin",
     "load_preset",
+    "meta_model",
     "model_config",
     "parse_model",
     "preset_names",

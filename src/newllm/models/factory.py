@@ -151,12 +151,12 @@ def model_class(config: LMConfig) -> type[TransformerLM]:
     return next(cls for cls in ARCHITECTURES.values() if cls.config_class is type(config))
 
 
-def check_model_spec(model: str, **shape: Any) -> None:
-    """Raises UserError if `create_model(model, **shape)` would; builds nothing large."""
+def meta_model(model: str, **shape: Any) -> TransformerLM:
+    """`create_model(model, **shape)` on torch's meta device: all of a model but its numbers, in no time and memory."""
     import torch
 
     with torch.device("meta"):
-        create_model(model, **shape)
+        return create_model(model, **shape)
 
 
 def load_model(folder: str | Path, **options: Any) -> TransformerLM:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from newllm.data.tasks import task_shares
 from newllm.errors import UserError, flag
-from newllm.models import TransformerLM, create_model
+from newllm.models import TransformerLM, meta_model
 from newllm.models.cache import TokenState
 from newllm.models.layers import Layer
 from newllm.models.memory import layers_with_memories
@@ -42,8 +40,7 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
             "--streaming works in one process: its rows would not stay where their states are; leave it out"
         )
     for name in models:
-        with torch.device("meta"):
-            model = create_model(name, **settings.shape())
+        model = meta_model(name, **settings.shape())
         if model.state_size and not settings.step_by_step:
             _check_lagged(name, model, settings)
         if settings.streaming:
