@@ -13,6 +13,7 @@ from newllm.errors import UserError
 from newllm.models import ContinuousLM, create_model, load_model
 from newllm.models.layers import InfiniLayer, MLALayer, PythiaLayer, create_layer
 from newllm.models.recurrent import lag
+from newllm.training.lagged_cache import lagged_loss
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "vocab_size": 61}
 RECURRENT = ("continuous", "continuous_extra", "continuous_combined", "continuous_fuse")
@@ -194,6 +195,31 @@ def test_what_is_fed_back_begins_at_the_scale_of_an_embedding():
         assert not projection(torch.zeros(3, 256)).any()
 
 
+def test_the_gate_begins_where_it_is_told_and_a_loaded_one_where_it_was(tmp_path):
+    for bias in (0, -3):
+        model = create_model(f"continuous_fuse:gate_bias={bias}", **SHAPE)
+        assert (model.gate.bias == bias).all()
+        assert not any(layer.mlp.up.bias.any() for layer in model.layers)
+    torch.nn.init.constant_(model.gate.bias, 1.5)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert (loaded.gate.bias == 1.5).all()
+    assert loaded.config.gate_bias == -3
+
+
+def test_in_place_of_words_the_first_one_of_a_window_is_the_only_one_that_learns():
+    """The discrete pass, which alone reads the others, is one without gradient (docs/continuous.md)."""
+    ids = torch.arange(12).view(2, 6)
+    for name, learning in (("continuous", {0, 6}), ("continuous_fuse", set(range(12)))):
+        model = make(name)
+        with torch.no_grad():
+            states = model.first_states(ids, torch.arange(6).expand(2, 6))
+        lagged_loss(model, ids, ids, states, passes=2, grad_passes=2)[0].backward()
+        learnt = model.embed.weight.grad.any(dim=1).nonzero()[:, 0].tolist()
+        assert set(learnt) <= learning
+        assert set(learnt) >= learning - {5, 11}  # nothing is predicted from the last one
+
+
 def test_under_autocast_the_residual_stream_is_float32_and_every_used_weight_learns():
     model, ids = create_model("continuous_fuse", **SHAPE, extra_passes=1, use_h1=True), torch.randint(61, (2, 9))
     with torch.autocast("cpu", torch.bfloat16):
@@ -223,6 +249,8 @@ def test_a_saved_model_comes_back_as_what_it_was(tmp_path):
         ({"use_h1": True}, "extra_passes"),
         ({"use_h1": 1, "extra_passes": 1}, "true or false"),
         ({"extra_pass": 1}, "extra_passes"),
+        ({"gate_bias": -3}, "gate_bias is that of the gate of input=fuse"),
+        ({"gate_bias": float("nan"), "input": "fuse"}, "gate_bias is nan: it must be a finite number"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(options, word):

@@ -7,10 +7,11 @@ the way? Here the state itself, projected, is what token t is read as (`input: r
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from newllm.errors import UserError
@@ -35,6 +36,7 @@ class ContinuousConfig(LMConfig):
             token's embedding through a gate.
         extra_passes: further passes through the same layers, from h₁ to what the head reads.
         use_h1: the head reads a learned combination of first and last pass.
+        gate_bias: where the gate of 'fuse' begins, b_g: it lets σ(b_g) of the projected state through, half for 0.
 
     Raises:
         UserError: for a value that means nothing.
@@ -46,6 +48,7 @@ class ContinuousConfig(LMConfig):
     input: str = "replace"
     extra_passes: int = 0
     use_h1: bool = False
+    gate_bias: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_choice("mode", self.mode, MODES)
@@ -55,6 +58,10 @@ class ContinuousConfig(LMConfig):
         if self.use_h1 and not self.extra_passes:
             raise UserError("use_h1 combines two passes: set extra_passes to at least 1")
         super().__post_init__(**kwargs)
+        if not math.isfinite(self.gate_bias):
+            raise UserError(f"gate_bias is {self.gate_bias}: it must be a finite number")
+        if self.gate_bias and (self.mode, self.input) != ("continuous", "fuse"):
+            raise UserError("gate_bias is that of the gate of input=fuse, which this model has not: leave it out")
 
 
 @register_architecture("continuous")
@@ -86,6 +93,11 @@ class ContinuousLM(ManyPassesLM, RecurrentLM):
         if fed_back or self.config.use_h1:
             self.combine = Linear(2 * D, D, bias=False)
         self.post_init()  # initialises what has come since TransformerLM did
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is getattr(self, "gate", None):
+            nn.init.constant_(module.bias, self.config.gate_bias)  # type: ignore[arg-type]
 
     @property
     def state_size(self) -> int:
