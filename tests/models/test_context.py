@@ -179,6 +179,14 @@ def test_it_has_about_as_many_parameters_as_the_baselines_layer():
     assert 1 <= sizes[0] / sizes[1] < 1.003
 
 
+def test_rates_and_convolution_learn_at_a_rate_of_their_own_where_they_are_told_to():
+    for options, own in (({}, ["cell.rates", "taps"]), ({"conv_size": 1, "gates": "update"}, ["cell.rates"])):
+        layer = create_layer(LAYER | options | {"own_rate": True})
+        named = dict(layer.named_parameters())
+        assert [id(gate) for gate in layer.gate_parameters()] == [id(named[name]) for name in own]
+        assert create_layer(LAYER | options).gate_parameters() == []
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -197,6 +205,10 @@ def test_it_has_about_as_many_parameters_as_the_baselines_layer():
         ({"num_contexts": 0}, "num_contexts is 0"),
         ({"conv_size": 0}, "conv_size is 0"),
         ({"mlp": 1}, "mlp is 1"),
+        (
+            {"own_rate": True, "gates": "none", "time_scales": None, "conv_size": 1},
+            "this layer has neither, leave it out",
+        ),
         ({"time_scales": {"long": 1}}, "time_scales.long is 1: it must be a number of tokens above 1"),
         ({"time_scales": {"middle": 9}}, "'middle'"),
         ({"time_scales": [2, 9]}, "it must be null or tokens, as in time_scales.long=256"),

@@ -53,7 +53,8 @@ def naive(model, ids):
         inputs.append(x)
         first = last = layers(model, torch.stack(inputs, dim=1))
         for _ in range(config.extra_passes):
-            last = layers(model, normalise(last) @ model.extra_proj.weight.T)
+            again = normalise(last) @ model.extra_proj.weight.T
+            last = layers(model, last + again if config.pass_residual else again)
         if config.use_h1:
             last = torch.cat([first, last], dim=-1) @ model.combine.weight.T
         states.append(last[:, -1])
@@ -62,7 +63,13 @@ def naive(model, ids):
 
 @pytest.mark.parametrize(
     "name",
-    [*RECURRENT, "continuous_fuse:position=none", "continuous_combined:extra_passes=2", "discrete_extra_3"],
+    [
+        *RECURRENT,
+        "continuous_fuse:position=none",
+        "continuous_combined:extra_passes=2",
+        "discrete_extra_3",
+        "discrete_extra_3:pass_residual=true",
+    ],
 )
 def test_forward_is_the_true_recurrence_of_the_formulas(name):
     model, ids = make(name), torch.randint(61, (2, 7))
@@ -249,6 +256,7 @@ def test_a_saved_model_comes_back_as_what_it_was(tmp_path):
         ({"use_h1": True}, "extra_passes"),
         ({"use_h1": 1, "extra_passes": 1}, "true or false"),
         ({"extra_pass": 1}, "extra_passes"),
+        ({"pass_residual": True}, "pass_residual leads from one pass to the next"),
         ({"gate_bias": -3}, "gate_bias is that of the gate of input=fuse"),
         ({"gate_bias": float("nan"), "input": "fuse"}, "gate_bias is nan: it must be a finite number"),
     ],

@@ -35,6 +35,7 @@ class ContinuousConfig(LMConfig):
         input: with mode 'continuous', 'replace' reads the fed-back state in place of the token; 'fuse' adds it to the
             token's embedding through a gate.
         extra_passes: further passes through the same layers, from h₁ to what the head reads.
+        pass_residual: a further pass reads h₁ + W₂ h̄₁ in place of W₂ h̄₁.
         use_h1: the head reads a learned combination of first and last pass.
         gate_bias: where the gate of 'fuse' begins, b_g: it lets σ(b_g) of the projected state through, half for 0.
 
@@ -47,6 +48,7 @@ class ContinuousConfig(LMConfig):
     mode: str = "continuous"
     input: str = "replace"
     extra_passes: int = 0
+    pass_residual: bool = False
     use_h1: bool = False
     gate_bias: float = 0.0
 
@@ -55,8 +57,11 @@ class ContinuousConfig(LMConfig):
         check_choice("input", self.input, INPUTS)
         check_count("extra_passes", self.extra_passes, least=0)
         check_switch("use_h1", self.use_h1)
+        check_switch("pass_residual", self.pass_residual)
         if self.use_h1 and not self.extra_passes:
             raise UserError("use_h1 combines two passes: set extra_passes to at least 1")
+        if self.pass_residual and not self.extra_passes:
+            raise UserError("pass_residual leads from one pass to the next: set extra_passes to at least 1")
         super().__post_init__(**kwargs)
         if not math.isfinite(self.gate_bias):
             raise UserError(f"gate_bias is {self.gate_bias}: it must be a finite number")
@@ -106,6 +111,10 @@ class ContinuousLM(ManyPassesLM, RecurrentLM):
     @property
     def num_passes(self) -> int:
         return 1 + self.config.extra_passes
+
+    def read_again(self, h: Tensor) -> Tensor:
+        again = super().read_again(h)
+        return h + again if self.config.pass_residual else again
 
     def iterate(
         self,

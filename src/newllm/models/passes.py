@@ -49,10 +49,14 @@ class ManyPassesLM(TransformerLM):
         """At least 1."""
         raise NotImplementedError
 
+    def read_again(self, h: Tensor) -> Tensor:
+        """What the next pass reads of what a pass has made, both (B, T, D)."""
+        return self.extra_proj(h)
+
     def run_passes(
         self, x: Tensor, count: int, *, positions: Tensor, mask: Tensor | None, states: Sequence[Any] | None
     ) -> list[Tensor]:
-        """h₁ … h_count, each (B, T, D) before the final LayerNorm; h_{p+1} = layers(extra_proj(h_p)).
+        """h₁ … h_count, each (B, T, D) before the final LayerNorm; h_{p+1} = layers(read_again(h_p)).
 
         Args:
             x: (B, T, D), what the first pass reads.
@@ -62,7 +66,7 @@ class ManyPassesLM(TransformerLM):
         results: list[Tensor] = []
         for p in range(count):
             own = None if states is None else states[p * L : (p + 1) * L]
-            x = self.extra_proj(results[-1]) if results else x
+            x = self.read_again(results[-1]) if results else x
             results.append(super().run_layers(x, positions=positions, mask=mask, states=own))
         return results
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 
+from newllm.errors import UserError
 from newllm.models.cache import RecurrentState
 from newllm.models.context_cell import SCALES, ContextCell, scales_of
 from newllm.models.layers.base import MLP, Layer, register_layer
@@ -37,6 +38,8 @@ class ContextLayer(Layer):
         time_scales: {'short': …, 'long': …} in tokens: rates of decay begin spread between the two; None: all alike.
         conv_size: tokens that the convolution mixes, the newest included; 1 for no convolution.
         mlp: False leaves the MLP out.
+        own_rate: rates of decay β and convolution learn at `gate_lr` instead of the model's rate, at which they hardly
+            move.
     """
 
     variants: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -60,10 +63,12 @@ class ContextLayer(Layer):
         time_scales: dict[str, float] | None = SCALES,
         conv_size: int = 4,
         mlp: bool = True,
+        own_rate: bool = False,
     ) -> None:
         super().__init__()
         check_count("conv_size", conv_size)
         check_switch("mlp", mlp)
+        check_switch("own_rate", own_rate)
         size = hidden_size if context_size is None else context_size
         time_scales = scales_of(time_scales)
         self.cell = ContextCell(hidden_size, num_heads, size, num_contexts, gates, time_scales)
@@ -81,7 +86,9 @@ class ContextLayer(Layer):
         if mlp:
             self.norm_mlp = nn.LayerNorm(hidden_size)
             self.mlp = MLP(hidden_size, intermediate_size)
-        self.has_mlp = mlp
+        self.has_mlp, self.own_rate = mlp, own_rate
+        if own_rate and not self._vectors():
+            raise UserError("own_rate is for rates of decay and a convolution: this layer has neither, leave it out")
 
     def _first_taps(self) -> Tensor:
         """Those of every channel, oldest token first: as if there were no convolution. A vector: no weight decay."""
@@ -94,6 +101,15 @@ class ContextLayer(Layer):
         if self.num_contexts > 1:
             first = torch.arange(self.num_contexts) == 0  # a token begins with the first, and learns to use the others
             initialization.copy_(self.use.bias, first.repeat_interleave(self.num_heads).to(self.use.bias.dtype))
+
+    def _vectors(self) -> list[nn.Parameter]:
+        """Rates of decay and convolution, where there are such: one number for each channel, which no matrix makes up
+        for."""
+        own = [getattr(self.cell, "rates", None), getattr(self, "taps", None)]
+        return [vector for vector in own if vector is not None]
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return self._vectors() if self.own_rate else []
 
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: RecurrentState | None) -> Tensor:  # type: ignore[override]
         real = None if mask is None else mask[:, mask.shape[1] - x.shape[1] :]
