@@ -61,14 +61,20 @@ def open_report(driver: webdriver.Chrome, html: Path) -> None:
     WebDriverWait(driver, 60).until(lambda d: d.execute_script("return document.body.dataset.drawn === 'yes'"))
 
 
-def screenshot(html: Path, png: Path, width: int, height: int, dark: bool = False, scale: float = 1.0) -> None:
-    """A picture of the top width x height pixels; height 0 takes the whole page."""
+def screenshot(
+    html: Path, png: Path, width: int, height: int, dark: bool = False, scale: float = 1.0, at: str | None = None
+) -> None:
+    """A picture of width x height pixels from the top, or from the heading of this id; height 0 is the whole page."""
     with browser(width, height or 900, dark) as driver:
         open_report(driver, html)
         full = height or driver.execute_script("return document.documentElement.scrollHeight")
         metrics = {"width": width, "height": full, "deviceScaleFactor": scale, "mobile": False}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         driver.execute_async_script("setTimeout(arguments[0], 900)")  # plots are drawn again after a resize
+        if at is not None:
+            place = "document.getElementById(arguments[0]).getBoundingClientRect().top + scrollY - 16"
+            driver.execute_script(f"scrollTo(0, {place})", at)
+            driver.execute_async_script("setTimeout(arguments[0], 100)")
         driver.save_screenshot(str(png))
 
 
@@ -78,9 +84,8 @@ if __name__ == "__main__":
     parser.add_argument("png", type=Path)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=900, help="0: the whole page")
+    parser.add_argument("--at", help="id of the heading to begin at, as recall or reversal in a comparison's report")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--scale", type=float, default=1.0, help="device pixels in a CSS pixel")
     arguments = parser.parse_args()
-    screenshot(
-        arguments.html, arguments.png, arguments.width, arguments.height, dark=arguments.dark, scale=arguments.scale
-    )
+    screenshot(**vars(arguments))

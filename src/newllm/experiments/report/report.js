@@ -100,7 +100,7 @@ function labelPoints(element) {
   const overlap = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
   const inside = (box) => box.left > 0 && box.right < xaxis._length + 12 && box.top > -12 && box.bottom < yaxis._length;
   const taken = points.map((point) => point.bar);
-  const shifts = [...Array(14).keys()].flatMap((step) => (step ? [8 * step, -8 * step] : [0]));
+  const shifts = [...Array(Math.ceil(yaxis._length / 8)).keys()].flatMap((step) => (step ? [8 * step, -8 * step] : [0]));
   const annotations = points.sort((a, b) => a.y - b.y).map(({ trace, x, y }) => {
     const name = trace.text[0];
     const [width, height] = [labelWidth(name), 15 * labelLines(name).length];
