@@ -38,9 +38,9 @@ DASHES = ("solid", "dash", "dot")  # of runs that have one colour
 REFERENCES = ("demonstrator", "blind", "random")  # drawn without their intervals, which the table has
 STRIP_NOTES = {
     "point_reacher": "The path of the point, seen from above. The ring is the goal, which is not observed; the black "
-    "dot is where the episode began.",
+    "dot is where the episode began, and a coloured one runs along the path.",
     "reacher": "The path of the fingertip, seen from above. The ring is the goal, which is not observed; the black "
-    "dot is where the episode began.",
+    "dot is where the episode began, and a coloured one runs along the path.",
     "pendulum": "The pendulum at ten moments of the episode, from left to right. Upright is what is paid for.",
     "inverted_pendulum": "The pole at ten moments of the episode, from left to right.",
 }
