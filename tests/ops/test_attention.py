@@ -41,6 +41,38 @@ def test_equals_its_naive_twin(case, block, direct):
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
 
 
+@given(case=cases(), block=st.sampled_from([1, 3, 128]), seed=st.integers(0, 2**31))
+def test_dropout_equals_the_naive_twin_with_the_same_weights_dropped(case, block, seed):
+    (q, k, v), options = tensors(case)
+    for x in (q, k, v):
+        x.requires_grad_()
+    # With the unit matrix for values, what comes out are the weights.
+    unit = torch.eye(k.shape[2], dtype=v.dtype).expand(*k.shape[:3], -1)
+    weights = reference.attention(q, k, unit, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked_attention, "QUERIES", block)
+        torch.manual_seed(seed)
+        dropped = attention.causal_attention(q, k, unit, dropout=0.4, **options) < weights / 2
+        torch.manual_seed(seed)
+        fast = attention.causal_attention(q, k, v, dropout=0.4, **options)
+    slow = (weights / 0.6).masked_fill(dropped, 0) @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+    grad = torch.randn_like(fast)
+    fast_gradients, slow_gradients = (torch.autograd.grad(mixed, (q, k, v), grad) for mixed in (fast, slow))
+    torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_many_weights_are_dropped_as_was_asked_and_others_each_time(dtype):
+    q, k = torch.randn(2, 2, 4, 200, 8).to(dtype)
+    unit = torch.eye(200, dtype=dtype).expand(2, 4, -1, -1)
+    first, second = (attention.causal_attention(q, k, unit, dropout=0.25) for _ in range(2))
+    seen = torch.ones(200, 200, dtype=torch.bool).tril()
+    shares = [float((mixed[..., seen] == 0).float().mean()) for mixed in (first, second)]
+    assert shares == pytest.approx([0.25, 0.25], abs=0.007)  # 6 standard deviations of 160,800 draws
+    assert float(((first == 0) == (second == 0))[..., seen].float().mean()) == pytest.approx(0.625, abs=0.008)
+
+
 @given(case=cases(), block=st.sampled_from([1, 3, 4, 128]))
 def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(case, block):
     qkv, options = tensors(case)
@@ -49,7 +81,7 @@ def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "DIRECT_QUERIES", 0)
         patch.setattr(blocked_attention, "QUERIES", block)
-        patch.setattr(blocked_attention, "usable", lambda q, k: True)
+        patch.setattr(blocked_attention, "usable", lambda *_: True)
         fast = attention.causal_attention(*qkv, **options)
         grad = torch.randn_like(fast)
         fast_gradients = torch.autograd.grad(fast, qkv, grad)

@@ -27,6 +27,7 @@ def causal_attention(
     window: int | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax_j(scale · q_i·k_j − m_h·(i − j)) v_j over j ≤ i.
 
@@ -42,21 +43,23 @@ def causal_attention(
         window: a query sees at most this many tokens, itself included; None for all.
         mask: (B, S) bool, True for real tokens, False for padding; None if all are real.
         scale: of the scores; default 1 / √d.
+        dropout: in training, a weight of the softmax is 0 with this probability, and else 1 / (1 − dropout) times as
+            large.
 
     Returns:
         (B, H, T, dv) in the dtype of q. The row of a padded query is finite and without meaning.
     """
     T, S = q.shape[2], k.shape[2]
-    if T <= DIRECT_QUERIES:
+    if T <= DIRECT_QUERIES and not dropout:
         return _direct(q, k, v, slopes, window, mask, scale)
-    if blocked_attention.usable(q, k):
+    if blocked_attention.usable(q, k, dropout):
         blocks = functools.partial(_blocks, T, S, blocked_attention.QUERIES, slopes, window, mask, q)
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        return blocked_attention.blocked_attention(q, k, v, blocks, scale)
+        return blocked_attention.blocked_attention(q, k, v, blocks, scale, dropout)
     if slopes is None and mask is None and T == S and (window is None or window >= S):
-        return _sdpa(q, k, v, scale, is_causal=True)
+        return _sdpa(q, k, v, scale, is_causal=True, dropout=dropout)
     parts = [
-        _sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], scale, attn_mask=bias)
+        _sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], scale, attn_mask=bias, dropout=dropout)
         for start, stop, first, last, bias in _blocks(T, S, BLOCK, slopes, window, mask, q)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -108,7 +111,14 @@ def _first_seen(query: int, window: int, mask: Tensor | None) -> int:
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, attn_mask: Tensor | None = None, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     dtype, d, dv = q.dtype, q.shape[3], v.shape[3]
     if d != dv:
@@ -116,14 +126,21 @@ def _sdpa(
         width = max(d, dv)
         q, k, v = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
         scale = d**-0.5 if scale is None else scale
-        return _sdpa(q, k, v, scale, attn_mask=attn_mask, is_causal=is_causal)[..., :dv]
+        return _sdpa(q, k, v, scale, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout)[..., :dv]
     if attn_mask is not None and q.device.type != "cpu":
         # The kernels of other devices want the mask in the dtype of q, and a mask rounded to bf16 is no option.
         q, k, v = (x.to(attn_mask.dtype) for x in (q, k, v))
     # Autocast would round the float32 mask to bf16; q, k and v already have their dtype.
     with torch.autocast(q.device.type, enabled=False):
         mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=attn_mask,
+            dropout_p=dropout,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
     return mixed.to(dtype)
 

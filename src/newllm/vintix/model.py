@@ -34,7 +34,7 @@ from newllm.errors import UserError, nearest
 from newllm.models.config import BOOKKEEPING
 from newllm.models.linear import Linear
 from newllm.models.positions import AlibiPosition
-from newllm.ops.attention import BLOCK, additive_mask, causal_attention
+from newllm.ops.attention import causal_attention
 
 REWARD_WIDTH = 2  # features of a reward; observation and action share the rest of the width
 WRITTEN_BY_THE_TRAINER = "use_cache"
@@ -257,15 +257,5 @@ class VintixModel(PreTrainedModel):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention over the last `context` steps."""
-        slopes, window, dropout = self.slopes(q.device), self.config.context, self.config.dropout
-        if not (self.training and dropout):
-            return causal_attention(q, k, v, slopes=slopes, window=window)
-        blocks = []
-        for start in range(0, q.shape[2], BLOCK):  # as there: keys that no query of a block can see are not computed
-            stop, first = min(start + BLOCK, q.shape[2]), max(0, start - window + 1)
-            bias = additive_mask(stop - start, stop - first, slopes, window, None, q)
-            parts = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
-            some, keys, values = (x.to(bias.dtype) for x in parts)
-            with torch.autocast(q.device.type, enabled=False):  # which would round the bias to bf16
-                blocks.append(F.scaled_dot_product_attention(some, keys, values, attn_mask=bias, dropout_p=dropout))
-        return torch.cat(blocks, dim=2).to(q.dtype)
+        dropout = self.config.dropout if self.training else 0.0
+        return causal_attention(q, k, v, slopes=self.slopes(q.device), window=self.config.context, dropout=dropout)
