@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization
 from transformers.cache_utils import Cache
 
 from newllm.errors import UserError
@@ -102,7 +103,7 @@ class ContinuousLM(ManyPassesLM, RecurrentLM):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is getattr(self, "gate", None):
-            nn.init.constant_(module.bias, self.config.gate_bias)  # type: ignore[arg-type]
+            initialization.constant_(module.bias, self.config.gate_bias)  # type: ignore[arg-type]
 
     @property
     def state_size(self) -> int:
