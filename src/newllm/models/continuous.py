@@ -36,8 +36,8 @@ class ContinuousConfig(LMConfig):
         input: with mode 'continuous', 'replace' reads the fed-back state in place of the token; 'fuse' adds it to the
             token's embedding through a gate.
         extra_passes: further passes through the same layers, from h₁ to what the head reads.
-        pass_residual: a further pass reads h₁ + W₂ h̄₁ in place of W₂ h̄₁.
         use_h1: the head reads a learned combination of first and last pass.
+        pass_residual: a further pass reads h₁ + W₂ h̄₁ in place of W₂ h̄₁.
         gate_bias: where the gate of 'fuse' begins, b_g: it lets σ(b_g) of the projected state through, half for 0.
 
     Raises:
@@ -49,8 +49,8 @@ class ContinuousConfig(LMConfig):
     mode: str = "continuous"
     input: str = "replace"
     extra_passes: int = 0
-    pass_residual: bool = False
     use_h1: bool = False
+    pass_residual: bool = False
     gate_bias: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
