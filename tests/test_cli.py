@@ -18,6 +18,7 @@ from newllm.cli.bench import BENCHES
 from newllm.commands.flags import field_docs
 from newllm.commands.generate import GenerateSettings, continue_text
 from newllm.data.hub import load_tokenizer
+from newllm.evaluation import cache_precision, perplexity
 from newllm.experiments.compare import check_models
 from newllm.models import meta_model
 from newllm.models.factory import preset_names
@@ -211,7 +212,8 @@ def test_evaluation_on_another_text_uses_the_models_own_tokenizer(run_folder, tm
 
 
 def test_what_cannot_be_measured_is_told_before_anything_is(run_folder, monkeypatch, capsys):
-    monkeypatch.setattr("newllm.evaluation.perplexity.evaluate", lambda *given: pytest.fail("it has measured"))
+    for module in (perplexity, cache_precision):  # imported before, or the second would keep what replaces the first's
+        monkeypatch.setattr(module, "evaluate", lambda *given: pytest.fail("it has measured"))
     argv = ["evaluate", str(run_folder), "--cache-dir", str(run_folder.parent / "cache"), "--tasks", "perplexity"]
     assert cli.main([*argv, "recall"]) == 2
     assert "recall: the training text has only 0 capitalised words" in capsys.readouterr().err

@@ -92,8 +92,7 @@ class TrainingSettings:
     adam_beta2: float = 0.95
     """Second AdamW beta."""
     gate_lr: float = 0.01
-    """Peak learning rate of the gates of compressive memories, and of contexts with own_rate; at the model's rate they
-    do not move."""
+    """Peak learning rate of gates of compressive memories and of contexts' own_rate: at the model's none would move."""
     max_grad_norm: float = 1.0
     """Gradient clipping; 0 turns it off."""
     batch_size: int | None = None

@@ -152,7 +152,10 @@ def model_class(config: LMConfig) -> type[TransformerLM]:
 
 
 def meta_model(model: str, **shape: Any) -> TransformerLM:
-    """`create_model(model, **shape)` on torch's meta device: all of a model but its numbers, in no time and memory."""
+    """`create_model(model, **shape)` on torch's meta device: all of a model but its numbers, in no time and memory.
+
+    Raises UserError where that would, so that a wrong model is told before anything is done.
+    """
     import torch
 
     with torch.device("meta"):
