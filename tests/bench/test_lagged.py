@@ -124,6 +124,27 @@ def test_speed_and_quality_of_every_method_are_told(monkeypatch, capsys, tmp_pat
     assert speed_table(result).row_count == quality_table(result).row_count == 3
 
 
+def test_a_method_can_be_left_out_of_the_runs_at_equal_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path))
+    play = tmp_path / "play.txt"
+    play.write_text(next(iter(open_corpus(DataSettings()).documents())).text[:9000])
+    settings = tiny(
+        methods=["step_by_step", "lagged", "lagged:passes=2"], quality_untimed=["lagged:passes=2"], data=str(play)
+    )
+    rows = [{"model": method, "seconds": 1.0, "discrete_seconds": 0.0} for method in settings.methods]
+    records = compare_quality(settings, rows, lambda _: None)
+    assert [(record["method"], record["equal"]) for record in records] == [
+        ("step_by_step", "epochs"),
+        ("lagged", "epochs"),
+        ("lagged", "time"),
+        ("lagged:passes=2", "epochs"),
+    ]
+    result = {"settings": dataclasses.asdict(settings), "references": ["step_by_step"], "quality": finite(records)}
+    equal_epochs, equal_time = (list(quality_table(result).columns[column].cells) for column in (1, 3))
+    assert float(equal_epochs[2]) > 1
+    assert equal_time[2] == "—"
+
+
 @pytest.mark.parametrize(("seconds", "steps"), [(0.1, 1), (3.0, 2), (15.0, 10), (25.0, 20), (26.4, 21)])
 def test_as_many_steps_are_taken_as_a_time_holds(seconds, steps):
     row = {"seconds": 1.0, "discrete_seconds": 0.5}
@@ -190,6 +211,7 @@ def test_an_infinite_perplexity_of_the_first_method_leaves_no_difference():
     [
         ({"model": "pythia"}, "--model pythia feeds no state back"),
         ({"methods": ["lagd"]}, "^unknown method 'lagd'"),
+        ({"quality_untimed": ["step_by_step"]}, "^--quality-untimed names step_by_step: give those of --methods after"),
         ({"methods": ["lagged:pases=2"]}, "unknown option 'pases' .* 'passes'"),
         ({"methods": ["lagged:grad_passes=2"]}, "^method 'lagged:grad_passes=2': --lagged-grad-passes is 2"),
         (

@@ -49,12 +49,14 @@ class LaggedBench(ShapeBench):
     """Corpus of these runs, as of `newllm train`."""
     quality_samples: int = 512
     """Training windows of an epoch of that."""
-    quality_epochs: int = 4
+    quality_epochs: float = 4.0
     """Epochs of the first method."""
     quality_evaluations: int = 4
     """How often each of these runs measures the validation loss, which chooses the weights that are kept."""
     quality_tokens: int = 10_000
     """At most so many tokens of the validation and of the test split."""
+    quality_untimed: list[str] = field(default_factory=list)
+    """Those of --methods that are compared at equal epochs alone; the runs at equal time cost most."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds of these runs."""
     lr: float = 1e-3
@@ -97,6 +99,9 @@ class LaggedBench(ShapeBench):
         super(LaggedBench, dataclasses.replace(self, seeds=self.seeds and [1])).check()  # 0 is a seed
         check_seeds("seeds", self.seeds)
         refuse_twice("--methods", self.methods)
+        for method in self.quality_untimed:
+            if method not in self.methods[1:]:
+                raise UserError(f"--quality-untimed names {method}: give those of --methods after the first")
         from newllm.training.suitability import check_suitability
 
         if not self._state_size():
