@@ -18,7 +18,7 @@ from newllm.bench.rivals import NAMES, build_rival, rival_cache
 from newllm.bench.settings import BenchSettings, DecodeBench, MemoryBench, TrainBench
 from newllm.bench.train import bench_train
 from newllm.bench.worker import BenchWork, build_subject, weight_bytes
-from newllm.commands.bench import run, table
+from newllm.commands.bench import measuring, run, table
 from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
 from newllm.experiments.terminal import TABLE_WIDTH
@@ -44,6 +44,13 @@ def work_on(**subject) -> BenchWork:
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(rounds, "BenchWorker", HereWorker)
+
+
+def test_in_a_log_everything_that_is_measured_has_its_line(capsys):
+    with measuring() as progress:
+        progress("round 1, pythia")
+        progress("round 1, rival [24 GB]")
+    assert capsys.readouterr().err.splitlines() == ["round 1, pythia", "round 1, rival [24 GB]"]
 
 
 # The rivals.

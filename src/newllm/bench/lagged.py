@@ -104,12 +104,14 @@ def compare_quality(settings: LaggedBench, rows: list[Row], progress: Progress) 
             if row is not rows[0] and method not in settings.quality_untimed:
                 budgets["time"] = steps_within(row, time, epoch)
             for equal, steps in budgets.items():
-                progress(f"quality: seed {seed}, {method}, equal {equal}")
+                run = f"quality: seed {seed}, {method}, equal {equal}, {steps:,} steps"
+                progress(run)
                 records.append(
                     {"method": method, "seed": seed, "equal": equal, "epochs": steps / epoch, "steps": steps}
                     | {"training_seconds": training_seconds(row, steps, epoch)}
                     | train_once(settings.run_settings(method, seed, steps), data)
                 )
+                progress(f"{run}: test perplexity {records[-1]['test_ppl']:.2f}")
     return records
 
 

@@ -29,10 +29,14 @@ SHORT = {"bfloat16": "bf16", "float32": "f32"}
 
 @contextlib.contextmanager
 def measuring() -> Iterator[Callable[[str], None]]:
-    """Shows what is being measured, as the caller says; raises UserError for a measuring process that died."""
+    """Shows what is being measured, as the caller says; raises UserError for a measuring process that died.
+
+    On a terminal each message takes the place of the one before; in a log each has its line.
+    """
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
-        with Console(stderr=True).status("starting") as status:
-            yield status.update
+        with console.status("starting") as status:
+            yield status.update if console.is_terminal else console.print
     except WorkerError as error:
         raise UserError(str(error)) from error
 
