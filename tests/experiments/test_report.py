@@ -1,8 +1,6 @@
 """The report, opened in headless Chromium as a reader would."""
 
-import os
 import re
-import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,12 +17,8 @@ from newllm.experiments.summary import summarise
 from newllm.models.layers import create_layer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from chromium import needs_chromium, overflow
 from screenshot import browser, open_report, set_viewport
-
-needs_chromium = pytest.mark.skipif(
-    not os.environ.get("CI") and not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="chromium and chromedriver are not installed (apt-get install chromium chromium-driver); CI runs this test",
-)
 
 
 def report(folder, results):
@@ -61,10 +55,6 @@ def sort_state(driver, index):
     return driver.execute_script(
         "return document.querySelector('#main-table thead tr').cells[arguments[0]].getAttribute('aria-sort')", index
     )
-
-
-def overflow(driver):
-    return driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
 @needs_chromium

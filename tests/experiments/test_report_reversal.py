@@ -1,9 +1,7 @@
 """The report's section on the reversal curse: what it says follows from the intervals, and it is there to be seen."""
 
-import os
 import random
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,12 +14,8 @@ from newllm.experiments.results import write_results
 from newllm.experiments.summary import summarise
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from chromium import needs_chromium
 from screenshot import browser, open_report
-
-needs_chromium = pytest.mark.skipif(
-    not os.environ.get("CI") and not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="chromium and chromedriver are not installed (apt-get install chromium chromium-driver); CI runs this test",
-)
 
 # Forward recall, backward AUC of what was told forward, backward recall of what was told both ways.
 KNOWS = {

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,10 @@ from newllm.vintix.report import write_report
 from newllm.vintix.runs import check_alike, find_runs, load_weights
 from newllm.vintix.settings import CollectSettings, VintixRun, VintixSettings
 from newllm.vintix.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from chromium import needs_chromium, overflow
+from screenshot import browser, open_report, set_viewport
 
 
 @pytest.fixture(scope="module")
@@ -153,24 +159,51 @@ def test_intervals_are_over_models_too():
     assert alone["low"] == alone["high"] == [pytest.approx(0.2)]
 
 
-def test_report_of_several_seeds_and_a_control(data, tmp_path):
+@pytest.fixture(scope="module")
+def reported(data, tmp_path_factory):
+    """A folder with two seeds, a control, their evaluation and the report."""
+    folder = tmp_path_factory.mktemp("reported")
     small = SMALL | {"precision": "float32"}
     for run in (
         VintixRun(**small, seed=0),
         VintixRun(**small, seed=1),
         VintixRun(**small, seed=0, demonstrator_only=True),
     ):
-        train(run, [data], tmp_path / run.name)
+        train(run, [data], folder / run.name)
     settings = VintixSettings(episodes=3, headline_episode=2, resamples=50, strip_tasks=2)
-    results = json.loads(
-        evaluate([tmp_path], settings, tmp_path, "newllm vintix evaluate x", lambda line: None).read_text()
-    )
+    evaluate([folder], settings, folder, "newllm vintix evaluate x", lambda line: None)
+    write_report(folder)
+    return folder
+
+
+@needs_chromium
+def test_report_is_whole_in_a_browser_on_a_desk_and_on_a_phone(reported):
+    with browser(1280, 900) as driver:
+        open_report(driver, reported / "report.html")
+        drawn = {
+            plot.get_attribute("id"): len(plot.find_elements("css selector", ".scatterlayer .trace"))
+            for plot in driver.find_elements("css selector", ".plot")
+        }
+        assert drawn.keys() == {"plot-family-point_reacher", "plot-training"}
+        assert drawn["plot-training"] == 3
+        assert drawn["plot-family-point_reacher"] >= 7  # a line for each curve, and a band for those with an interval
+        driver.execute_script("document.querySelectorAll('details').forEach(d => { d.open = true })")
+        for width in (1280, 390):
+            set_viewport(driver, width, 900)
+            driver.execute_async_script("setTimeout(arguments[0], 600)")  # plots are drawn again after a resize
+            assert overflow(driver) == 0
+        assert driver.get_log("browser") == []
+        assert driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+
+
+def test_report_of_several_seeds_and_a_control(reported):
+    results = json.loads((reported / "evaluation.json").read_text())
     curves = results["families"][0]["curves"]
     assert curves["full"]["seeds"] == curves["context_reset"]["seeds"] == curves["reward_masked"]["seeds"] == [0, 1]
     assert curves["demonstrator_only"]["seeds"] == [0]
     assert all(len(values["value"]) == 3 for values in curves.values())
     assert np.array(results["families"][0]["scores"]["full"]).shape == (2, 5, 3)
-    html = write_report(tmp_path).read_text()
+    html = (reported / "report.html").read_text()
     assert "context reset" in html
     # How it was made, and what each interval is over.
     said = re.sub(r"<[^>]+>", " ", html.split("<script")[0])
