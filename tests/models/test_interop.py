@@ -62,6 +62,18 @@ def test_what_gpt_neox_cannot_express_is_refused(options):
         to_gpt_neox(model)
 
 
+@pytest.mark.parametrize("name", ["context", "context_vector", "context_pythia", "continuous", "selective", "dproj"])
+def test_a_model_that_is_more_than_its_layers_is_refused(name):
+    model = create_model(name, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, vocab_size=50)
+    with pytest.raises(UserError, match="only a model of equal 'pythia' layers"):
+        to_gpt_neox(model)
+
+
+def test_a_discrete_model_is_pythia_there_too():
+    model = create_model("discrete", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, vocab_size=50)
+    assert max_logit_difference(model.eval(), to_gpt_neox(model).eval(), torch.randint(50, (2, 9))) <= 1e-5
+
+
 def test_a_sequential_residual_goes_there_and_back():
     config = GPTNeoXConfig(
         vocab_size=50,

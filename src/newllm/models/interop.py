@@ -115,11 +115,13 @@ def load_trained(folder: str | Path) -> TransformerLM:
 
 def to_gpt_neox(model: TransformerLM) -> GPTNeoXForCausalLM:
     """The way back: bit-equal weights. Raises UserError where GPT-NeoX has no such model."""
-    specs = model.config.layer_specs
+    specs, ours, names = model.config.layer_specs, model.state_dict(), _names(model)
+    # By the weights too: a model that feeds a state back, or goes through its layers again, has more of them.
+    equal = bool(specs) and specs[0]["type"] == "pythia" and all(spec == specs[0] for spec in specs)
+    if not equal or ours.keys() != {name for name, _ in names}:
+        raise UserError("only a model of equal 'pythia' layers, and nothing else, has a GPT-NeoX form")
     first = specs[0]
     position = first["position"]
-    if first["type"] != "pythia" or any(spec != first for spec in specs):
-        raise UserError("only a model of equal 'pythia' layers has a GPT-NeoX form")
     if model.config.layer_norm_eps != 1e-5:  # GPT-NeoX has one for all norms, and those of the layers have 1e-5
         raise UserError(f"no GPT-NeoX form with layer_norm_eps={model.config.layer_norm_eps}: only 1e-05")
     if position["type"] != "rope" or first["window"] is not None or first["num_kv_heads"] != first["num_heads"]:
@@ -142,9 +144,7 @@ def to_gpt_neox(model: TransformerLM) -> GPTNeoXForCausalLM:
         pad_token_id=model.config.pad_token_id,
     )
     theirs = GPTNeoXForCausalLM(config).to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
-    ours = model.state_dict()
-    state = {their: _to(ours[name], name, first["num_heads"]) for name, their in _names(model)}
-    theirs.load_state_dict(state)
+    theirs.load_state_dict({their: _to(ours[name], name, first["num_heads"]) for name, their in names})
     return theirs.train(model.training)
 
 
