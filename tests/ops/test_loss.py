@@ -77,3 +77,14 @@ def test_without_a_target_loss_and_gradients_are_zero_and_not_missing():
     assert total == 0
     assert not hidden.grad.any()
     assert not weight.grad.any()
+
+
+def test_where_no_gradient_is_wanted_none_is_computed(monkeypatch):
+    hidden, weight = torch.randn(9, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    targets = torch.randint(11, (9,))
+    expected = loss.linear_cross_entropy(hidden, weight, targets).detach()
+    monkeypatch.setattr(loss, "_logit_gradient", lambda *args: pytest.fail("a gradient nobody asked for"))
+    with torch.no_grad():
+        assert loss.linear_cross_entropy(hidden, weight, targets) == expected
+    with torch.inference_mode():
+        assert loss.linear_cross_entropy(hidden, weight, targets) == expected

@@ -26,8 +26,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """−log softmax(W h)[target] in nats; targets of −100 count nothing.
 
-    Logits exist for ROWS rows at a time. With 'sum' the gradient is computed during forward, as the loss is linear in
-    its own gradient.
+    Logits exist for ROWS rows at a time. With 'sum' the gradient is computed during forward, where one is wanted, as
+    the loss is linear in its own gradient.
 
     Args:
         hidden: (N, D).
@@ -43,7 +43,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if reduction == "sum":
-        return _SummedLoss.apply(hidden, weight, targets, shares)
+        return _SummedLoss.apply(hidden, weight, targets, shares, torch.is_grad_enabled())
     losses = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         low = weight.to(hidden.dtype)
@@ -59,8 +59,11 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, shares: Tensor | None) -> Tensor:
-        training = any(ctx.needs_input_grad)
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, shares: Tensor | None, grad_enabled: bool
+    ) -> Tensor:
+        # Under torch.no_grad() too, needs_input_grad is what the tensors say.
+        training = grad_enabled and any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         losses: list[Tensor] = []  # with shares
         grad_hidden = torch.empty_like(hidden) if training else None
@@ -92,7 +95,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         # In place: each is used once.
         hidden, weight, shares = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
-        return hidden, weight, None, shares
+        return hidden, weight, None, shares, None
 
 
 def _logit_gradient(log_p: Tensor, targets: Tensor) -> Tensor:
