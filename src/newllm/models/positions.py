@@ -7,6 +7,7 @@ uninitialised from `from_pretrained`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -117,8 +118,8 @@ def create_position(spec: str | dict[str, Any], head_size: int | None = None) ->
     if scheme not in ("uniform", "geometric"):
         raise nearest(str(scheme), ["uniform", "geometric"], "ALiBi slope scheme")
     for name in ("fraction", "base", "slope"):
-        if name in options and not (isinstance(options[name], int | float) and options[name] > 0):
-            raise UserError(f"position option {name} is {options[name]!r}: it must be a number greater than 0")
+        if name in options and not (type(options[name]) in (int, float) and 0 < options[name] < math.inf):
+            raise UserError(f"position option {name} is {options[name]!r}: it must be a finite number greater than 0")
     if options.get("fraction", 1) > 1:
         raise UserError(f"position option fraction is {options['fraction']}: at most 1, the whole head")
     if kind == "rope" and head_size is not None and head_size < 2:

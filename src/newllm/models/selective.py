@@ -113,7 +113,7 @@ class SelectiveLM(ManyPassesLM):
         shares = gates * kept
         return torch.cat([shares[:-1], kept[-1:]]) if self.config.must_emit else shares
 
-    @functools.wraps(TransformerLM.forward)
+    @functools.wraps(TransformerLM.forward, assigned=())  # its arguments, and a docstring of our own
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As `TransformerLM.forward`; in training with labels the loss is the weighted one, over the passes.
 
