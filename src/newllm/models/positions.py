@@ -1,20 +1,21 @@
 """Position encodings, chosen by config: rotary (`rope`), linear bias (`alibi`), or none (`none`, NoPE).
 
-A position encoding acts at two places of attention: `rotate` turns queries and keys before they meet, `slopes` gives
-the bias subtracted from their scores. Tables are computed in forward: a non-persistent buffer would come back
-uninitialised from `from_pretrained`.
+A position encoding acts at two places of attention: `rotate` turns queries and keys before they meet,
+`head_slopes` gives the bias subtracted from their scores. Tables are computed in forward: a non-persistent buffer would
+come back uninitialised from `from_pretrained`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from newllm.errors import UserError, nearest
+from newllm.ops import reference
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,11 @@ class NoPosition:
         """heads (B, N, T, d), queries or keys at positions (B, T), as they are."""
         return heads
 
-    def slopes(self, num_heads: int, device: torch.device) -> Tensor | None:
+    def reference_rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """The naive twin of `rotate`."""
+        return heads
+
+    def head_slopes(self, num_heads: int, device: torch.device) -> Tensor | None:
         """The ALiBi slopes: None, there is no bias."""
         return None
 
@@ -51,6 +56,9 @@ class RotaryPosition(NoPosition):
         part, rest = heads.split([rotary_dim, heads.shape[-1] - rotary_dim], dim=-1)
         turned = part * cos + part.roll(rotary_dim // 2, dims=-1) * sin
         return torch.cat([turned.to(heads.dtype), rest], dim=-1)
+
+    def reference_rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+        return reference.rope(heads, positions, self.rotary_dim(heads.shape[-1]), self.base)
 
     def _table(self, positions: Tensor, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`_make_table`, kept on the positions, as all layers share them."""
@@ -80,12 +88,12 @@ class AlibiPosition(NoPosition):
     """
 
     type: Literal["alibi"] = "alibi"  # type: ignore[assignment]
-    slopes_scheme: Literal["uniform", "geometric"] = "uniform"
+    slopes: Literal["uniform", "geometric"] = "uniform"
     slope: float = 0.0625
 
-    def slopes(self, num_heads: int, device: torch.device) -> Tensor:
+    def head_slopes(self, num_heads: int, device: torch.device) -> Tensor:
         """(1,) for the uniform, (num_heads,) for the geometric scheme; float32, nats per token."""
-        if self.slopes_scheme == "uniform":
+        if self.slopes == "uniform":
             return torch.full((1,), self.slope, device=device)
         heads = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
         return torch.exp2(-8 * heads / num_heads)
@@ -93,12 +101,6 @@ class AlibiPosition(NoPosition):
 
 Position = NoPosition
 POSITIONS: dict[str, type[NoPosition]] = {"none": NoPosition, "rope": RotaryPosition, "alibi": AlibiPosition}
-# In specs the scheme is called `slopes`; the dataclass keeps that name for its method.
-_FIELDS: dict[str, dict[str, str]] = {
-    "none": {},
-    "rope": {"fraction": "fraction", "base": "base"},
-    "alibi": {"slopes": "slopes_scheme", "slope": "slope"},
-}
 
 
 def create_position(spec: str | dict[str, Any], head_size: int | None = None) -> Position:
@@ -111,9 +113,10 @@ def create_position(spec: str | dict[str, Any], head_size: int | None = None) ->
     kind = str(options.pop("type", "none"))
     if kind not in POSITIONS:
         raise nearest(kind, list(POSITIONS), "position encoding")
+    valid = [field.name for field in fields(POSITIONS[kind])]
     for name in options:
-        if name not in _FIELDS[kind]:
-            raise nearest(name, list(_FIELDS[kind]) or ["type"], "option", f"of position '{kind}'")
+        if name not in valid:
+            raise nearest(name, valid, "option", f"of position '{kind}'")
     scheme = options.get("slopes", "uniform")
     if scheme not in ("uniform", "geometric"):
         raise nearest(str(scheme), ["uniform", "geometric"], "ALiBi slope scheme")
@@ -126,10 +129,9 @@ def create_position(spec: str | dict[str, Any], head_size: int | None = None) ->
         raise UserError(
             f"position 'rope' turns pairs of numbers, and a head has {head_size}: choose fewer heads, or position=alibi"
         )
-    return POSITIONS[kind](**{_FIELDS[kind][name]: value for name, value in options.items()})
+    return POSITIONS[kind](**options)
 
 
 def position_spec(position: Position) -> dict[str, Any]:
     """The complete spec of a position encoding, as it stands in a config file."""
-    values = asdict(position)
-    return {"type": values.pop("type")} | {name: values[attr] for name, attr in _FIELDS[position.type].items()}
+    return asdict(position)

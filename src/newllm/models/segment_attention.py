@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newllm.models.positions import NoPosition, RotaryPosition
+from newllm.models.positions import NoPosition
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
 from newllm.ops.linear_attention import causal_linear_attention, feature_map
@@ -35,7 +35,7 @@ class SegmentAttention:
         else:
             slots = torch.arange(shape[2], device=q.device)[None]
             q, k = self.position.rotate(q, slots), self.position.rotate(k, slots)
-            mixed = causal_attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device))
+            mixed = causal_attention(q, k, v, slopes=self.position.head_slopes(self.num_heads, q.device))
         return mixed.transpose(1, 2).reshape(shape)
 
     def last(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class SegmentAttention:
         else:
             slots = torch.arange(k.shape[2], device=q.device)[None]
             q, k = self.position.rotate(q, slots[:, -1:]), self.position.rotate(k, slots)
-            mixed = causal_attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device), mask=held)
+            mixed = causal_attention(q, k, v, slopes=self.position.head_slopes(self.num_heads, q.device), mask=held)
         return mixed.transpose(1, 2).flatten(2)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -63,11 +63,9 @@ class SegmentAttention:
         if self.kind == "linear":
             mixed = reference.linear_attention(q, k, v)
         else:
-            if isinstance(self.position, RotaryPosition):
-                positions = torch.arange(q.shape[2], device=q.device)[None]
-                width = self.position.rotary_dim(self.head_size)
-                q, k = (reference.rope(heads, positions, width, self.position.base) for heads in (q, k))
-            mixed = reference.attention(q, k, v, slopes=self.position.slopes(self.num_heads, q.device))
+            slots = torch.arange(q.shape[2], device=q.device)[None]
+            q, k = self.position.reference_rotate(q, slots), self.position.reference_rotate(k, slots)
+            mixed = reference.attention(q, k, v, slopes=self.position.head_slopes(self.num_heads, q.device))
         return mixed[0].transpose(0, 1).flatten(1)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class VintixModel(PreTrainedModel):
 
     def slopes(self, device: torch.device) -> Tensor:
         """(H,) ALiBi slopes, geometric; in nats per step."""
-        return AlibiPosition(slopes_scheme="geometric").slopes(self.config.num_heads, device)
+        return AlibiPosition(slopes="geometric").head_slopes(self.config.num_heads, device)
 
     def embed(
         self,

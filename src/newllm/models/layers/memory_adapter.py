@@ -13,7 +13,6 @@ from newllm.models.layers.base import register_layer
 from newllm.models.layers.infini import InfiniLayer
 from newllm.models.layers.pythia import into_heads
 from newllm.models.options import check_count
-from newllm.models.positions import RotaryPosition
 from newllm.models.segment_attention import SegmentAttention
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
@@ -108,7 +107,7 @@ class MemoryAdapterLayer(InfiniLayer):
             attended = state.states["attention"]
             assert isinstance(attended, KeyValueState)
             k, v, seen = attended.update(k, v, mask)
-        slopes = self.position.slopes(self.num_heads, x.device)
+        slopes = self.position.head_slopes(self.num_heads, x.device)
         mixed = causal_attention(q, k, v, slopes=slopes, window=self.window, mask=seen)
         q, k, v = whole
         read = self._mixed(q, k, v, mask, None if state is None else memory_of(state))
@@ -133,10 +132,8 @@ class MemoryAdapterLayer(InfiniLayer):
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
         qkv = self.qkv(self.norm_attention(x))
         q, k, v = self._heads(qkv.chunk(3, dim=-1))
-        if isinstance(self.position, RotaryPosition):
-            turned = self.position.rotary_dim(self.attention.head_size), self.position.base
-            q, k = reference.rope(q, positions, *turned), reference.rope(k, positions, *turned)
-        slopes = self.position.slopes(self.num_heads, x.device)
+        q, k = self.position.reference_rotate(q, positions), self.position.reference_rotate(k, positions)
+        slopes = self.position.head_slopes(self.num_heads, x.device)
         mixed = reference.attention(q, k, v, slopes=slopes, window=self.window, mask=mask)
         return self._finish(x, mixed.transpose(1, 2).flatten(2) + self._reference_mixed(qkv, mask))
 

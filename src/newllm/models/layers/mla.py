@@ -80,7 +80,7 @@ class MLALayer(Layer):
         self.rotary = create_position({"type": "rope", "fraction": 1.0, "base": rope_base})
         self._arguments |= {"position": position_spec(self.position)}
         self.num_heads, self.head_size = num_heads, hidden_size // num_heads
-        self.kv_dim, self.rope_dim, self.rope_base, self.path = kv_dim, rope_dim, rope_base, path
+        self.kv_dim, self.rope_dim, self.path = kv_dim, rope_dim, path
         self.scale = (self.head_size + rope_dim) ** -0.5
         self.norm_attention = nn.LayerNorm(hidden_size)
         self.norm_mlp = nn.LayerNorm(hidden_size)
@@ -156,7 +156,7 @@ class MLALayer(Layer):
         return heads.transpose(0, 1).reshape(B, T, H * d)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        slopes = self.position.slopes(self.num_heads, q.device)
+        slopes = self.position.head_slopes(self.num_heads, q.device)
         return causal_attention(q, k, v, slopes=slopes, mask=mask, scale=self.scale)
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -170,9 +170,9 @@ class MLALayer(Layer):
         """Head by head: k_h = [W_UK_h c; k_rope], v_h = W_UV_h c, scores over √(d + p)."""
         q, *rotary, latent = self.project(self.norm_attention(x)).split(self.widths, dim=-1)
         if self.rope_dim:
-            rotated = reference.rope(self._rotary_heads(rotary[0]), positions, self.rope_dim, self.rope_base)
+            rotated = self.rotary.reference_rotate(self._rotary_heads(rotary[0]), positions)
         w_uk, w_uv = self.expand.weight.split(x.shape[-1])
-        slopes = self.position.slopes(self.num_heads, x.device)
+        slopes = self.position.head_slopes(self.num_heads, x.device)
         heads = []
         for h in range(self.num_heads):
             rows = slice(h * self.head_size, (h + 1) * self.head_size)

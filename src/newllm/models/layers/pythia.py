@@ -11,7 +11,7 @@ from newllm.models.cache import KeyValueState
 from newllm.models.layers.base import MLP, Layer, register_layer
 from newllm.models.linear import Linear
 from newllm.models.options import check_count, check_divides, check_switch
-from newllm.models.positions import RotaryPosition, create_position, position_spec
+from newllm.models.positions import create_position, position_spec
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
 
@@ -82,7 +82,7 @@ class PythiaLayer(Layer):
         q, k = self._split(self.position.rotate(qk, positions))
         if state is not None:
             k, v, mask = state.update(k, v, mask)
-        slopes = self.position.slopes(self.num_heads, x.device)
+        slopes = self.position.head_slopes(self.num_heads, x.device)
         mixed = causal_attention(q, k, v, slopes=slopes, window=self.window, mask=mask)
         return self._finish(x, mixed)
 
@@ -105,10 +105,8 @@ class PythiaLayer(Layer):
 
     def reference(self, x: Tensor, *, positions: Tensor, mask: Tensor | None) -> Tensor:
         qk, v = self._project(x)
-        if isinstance(self.position, RotaryPosition):
-            qk = reference.rope(qk, positions, self.position.rotary_dim(self.head_size), self.position.base)
-        q, k = self._split(qk)
-        slopes = self.position.slopes(self.num_heads, x.device)
+        q, k = self._split(self.position.reference_rotate(qk, positions))
+        slopes = self.position.head_slopes(self.num_heads, x.device)
         return self._finish(x, reference.attention(q, k, v, slopes=slopes, window=self.window, mask=mask))
 
     def state_bytes(self, tokens: int, element_size: int) -> int:

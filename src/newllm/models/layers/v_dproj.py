@@ -114,10 +114,8 @@ class VDProjLayer(PythiaLayer):
             narrow = torch.cat(heads[H + Hk :], -1) @ self.compress.weight.T + self.compress.bias
             restored = narrow @ self.expand.weight.T + self.expand.bias
             v = torch.stack(restored.split(self.value_size, dim=-1), 1)
-        if isinstance(self.position, RotaryPosition):
-            turned = self.position.rotary_dim(self.head_size), self.position.base
-            q, k = reference.rope(q, positions, *turned), reference.rope(k, positions, *turned)
-        slopes = self.position.slopes(H, x.device)
+        q, k = self.position.reference_rotate(q, positions), self.position.reference_rotate(k, positions)
+        slopes = self.position.head_slopes(H, x.device)
         mixed = reference.attention(q, k, v, slopes=slopes, window=self.window, mask=mask)
         return x + torch.cat(mixed.unbind(1), -1) @ self.out.weight.T + self.out.bias + self.mlp(self.norm_mlp(x))
 
