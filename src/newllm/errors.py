@@ -9,6 +9,11 @@ class UserError(ValueError):
     """Wrong input from outside: one line that says what, where, and what would be valid. The CLI exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as far as it fits into a line; some say nothing."""
+    return next(filter(str.strip, str(error).splitlines()), "no message")
+
+
 def flag(name: str) -> str:
     """A setting as the command line has it: 'batch_size' is --batch-size."""
     return "--" + name.replace("_", "-")

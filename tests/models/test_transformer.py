@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from newllm.errors import UserError
 from newllm.evaluation.checks import CHECK_SHAPE
-from newllm.models import TransformerLM, create_model
+from newllm.models import TransformerLM, create_model, load_model
 from newllm.models.layers import PythiaLayer
 
 
@@ -34,6 +35,33 @@ def test_no_tokens_and_no_rows_give_empty_logits(name, shape):
         before = cache.export()
         assert model(ids, past_key_values=cache).logits.shape == (*shape, 61)
         assert all(torch.equal(tensor, before[name]) for name, tensor in cache.export().items())
+
+
+@pytest.mark.parametrize(
+    ("size", "value"),
+    [("num_heads", 0), ("num_layers", 2.0), ("num_layers", 0), ("intermediate_size", -1), ("vocab_size", 0)],
+)
+@pytest.mark.parametrize("name", ["pythia", "mla", "context_vector"])
+def test_a_size_no_model_has_is_told_by_its_name(name, size, value):
+    with pytest.raises(UserError, match=f"^{size} is {value}: it must be a whole number of at least 1$"):
+        create_model(name, **CHECK_SHAPE | {size: value})
+
+
+def test_a_model_of_nothing_is_refused():
+    for layers in (None, []):
+        with pytest.raises(UserError, match="give one of them"):
+            TransformerLM(layers=layers)
+
+
+def test_an_error_that_says_nothing_is_told_too(monkeypatch, tmp_path):
+    create_model("pythia", **CHECK_SHAPE).save_pretrained(tmp_path)
+
+    def load(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(TransformerLM, "from_pretrained", load)
+    with pytest.raises(UserError, match=r"cannot load the model in .*: no message"):
+        load_model(tmp_path)
 
 
 def test_layers_that_are_given_begin_as_the_models_own_and_those_of_a_model_stay():

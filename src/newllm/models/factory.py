@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig
 
-from newllm.errors import UserError, nearest
+from newllm.errors import UserError, first_line, nearest
 from newllm.models.config import LMConfig
 from newllm.models.layers.base import LAYER_TYPES, PLUGIN_PRESETS, PRESETS_FOLDER, layer_type
+from newllm.models.options import check_count
 from newllm.models.transformer import ARCHITECTURES, TransformerLM
 from newllm.paths import user_path
 
@@ -97,6 +98,9 @@ def model_config(
 ) -> LMConfig:
     """The configuration of a named model; the arguments of `create_model`."""
     name, own = parse_model(model)
+    shape = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
+    for key, size in (shape | {"num_layers": num_layers, "vocab_size": vocab_size}).items():
+        check_count(key, size)
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "layer_specs"):
         if key in own:
             raise UserError(f"model '{model}': {key} is no option of a model; the shape is set for all models alike")
@@ -109,7 +113,6 @@ def model_config(
     if different > num_layers:
         raise UserError(f"preset '{name}' has {different} different layers: num_layers must be at least that many")
     specs = specs + specs[-1:] * (num_layers - different) + last
-    shape = {"hidden_size": hidden_size, "num_heads": num_heads, "intermediate_size": intermediate_size}
     layer_options = {key: value for key, value in options.items() if key not in config_class.option_names()}
     accepted = {option for spec in specs for option in layer_type(spec["type"]).option_names()}
     for key in layer_options:
@@ -133,7 +136,8 @@ def create_model(model: str, **options: Any) -> TransformerLM:
             every layer that has them (num_kv_heads=2, position='none', window=128); fields of LMConfig.
 
     Raises:
-        UserError (a ValueError): unknown preset, layer type or option, naming the nearest valid one.
+        UserError (a ValueError): unknown preset, layer type or option, naming the nearest valid one; a size or number
+            that no model has.
     """
     config = model_config(model, **options)
     return model_class(config)(config)  # type: ignore[call-arg]
@@ -187,7 +191,7 @@ def load_model(folder: str | Path, **options: Any) -> TransformerLM:
             raise UserError(f"{path}: {error}; if it comes from your own file, pass --plugin FILE.py") from error
         raise
     except Exception as error:  # safetensors and transformers raise many kinds for a damaged file
-        raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the model in {path}: {first_line(error)}") from error
 
 
 def load_plugin(path: str | Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from newllm.errors import UserError
+from newllm.errors import UserError, first_line
 from newllm.models.factory import load_model, model_config
 from newllm.models.transformer import TransformerLM
 from newllm.paths import user_path
@@ -109,7 +109,7 @@ def load_trained(folder: str | Path) -> TransformerLM:
     try:
         theirs = GPTNeoXForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True)
     except Exception as error:  # safetensors and transformers raise many kinds for a damaged file
-        raise UserError(f"cannot load the model in {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the model in {path}: {first_line(error)}") from error
     return from_gpt_neox(theirs)
 
 

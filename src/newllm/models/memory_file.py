@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from newllm import __version__
-from newllm.errors import UserError
+from newllm.errors import UserError, first_line
 from newllm.models.memory import MemoryTensors, count_rows
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class MemoryFile:
     about: str
     """That model in words."""
     layers: list[dict]
-    """Of every memory layer: index, type, memories, written (segments, row by row), bytes, frozen, shapes."""
+    """Of every memory layer: index, type, memories, rows, written (segments, row by row), frozen, shapes, bytes."""
     tokens_read: int
     sources: list[str]
     """Names of the texts that were read."""
@@ -111,7 +111,7 @@ def read_memory(path: str | Path) -> tuple[MemoryFile, MemoryTensors]:
             header: dict[str, str] = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise UserError(f"{path}: not a memory file, or a truncated one: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a memory file, or a truncated one: {first_line(error)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if header.get("format") != FORMAT:

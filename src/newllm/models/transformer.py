@@ -30,6 +30,9 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
             TransformerLM(layers=[PythiaLayer(512, 8, 2048) for _ in range(6)], vocab_size=50304)
             They get the initial weights of a model of this configuration, whatever weights they had, unless they are
             those of a model already: load weights into the model, not into the layers.
+
+    Raises:
+        UserError: for neither of them.
     """
 
     config_class = LMConfig
@@ -41,7 +44,8 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LMConfig | None = None, *, layers: Sequence[Layer] | None = None, **options) -> None:
         if config is None:
-            assert layers, "give a config or layers"
+            if not layers:
+                raise UserError("a TransformerLM is made of a config, or of at least one layer: give one of them")
             hidden_size = layers[0].spec["hidden_size"]
             specs = [layer.spec for layer in layers]
             config = self.config_class(hidden_size=hidden_size, layer_specs=specs, **options)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from newllm.errors import UserError, nearest
+from newllm.errors import UserError, first_line, nearest
 from newllm.models.cache import LayerState
 from newllm.models.linear import Linear
 
@@ -133,8 +133,8 @@ def create_layer(spec: dict[str, Any]) -> Layer:
     except UserError:
         raise
     except Exception as error:  # a plugin's constructor may raise anything
-        message = (str(error).splitlines() or ["no message"])[0]
-        raise UserError(f"layer type '{cls.type_name}' cannot be built: {type(error).__name__}: {message}") from error
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"layer type '{cls.type_name}' cannot be built: {what}") from error
 
 
 def layer_type(name: str) -> type[Layer]:

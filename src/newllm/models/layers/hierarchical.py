@@ -37,12 +37,6 @@ class HierarchicalLayer(MultiMemoryLayer):
     read: (1 − γ) · coarse + γ · fine.
     """
 
-    variants = (
-        {"segment_length": 3, "num_memories": 2, "key_shift": True},
-        {"segment_length": 2, "num_memories": 3, "use_delta_rule": False, "memory_head_dim": 16},
-        {"segment_length": 1, "position": "none", "memory_head_dim": 32, "local": "linear"},
-    )
-
     def _make_mixer(self) -> None:
         self.fine_gate = FineGate(self.num_memory_heads, self.memory_head_dim)
 
