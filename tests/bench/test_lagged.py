@@ -15,6 +15,7 @@ from newllm.bench.lagged_settings import LaggedBench, method_settings
 from newllm.bench.rounds import compare_rounds
 from newllm.bench.worker import BenchWork
 from newllm.commands.bench_lagged import quality_table, run, speed_table
+from newllm.commands.lagged_plot import quality_figure
 from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.errors import UserError
@@ -101,8 +102,10 @@ def test_speed_and_quality_of_every_method_are_told(monkeypatch, capsys, tmp_pat
     settings = tiny(
         methods=list(SECONDS), quality=True, data=str(play), seeds=[0, 1], samples=10, quality_epochs=2, steps=2
     )
-    result = run(settings)
+    page = tmp_path / "lagged.html"
+    result = run(dataclasses.replace(settings, plot=str(page)))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert all(method in page.read_text() for method in SECONDS)
     (case,) = result["cases"]
     assert [row["kept_bytes"] for row in case["rows"]] == [0, 10 * 8 * 16 * 2, 10 * 8 * 16 * 2]
     assert [row["seconds"] for row in case["rows"]] == [4.0, 2.0, 2.0]
@@ -143,6 +146,31 @@ def test_a_method_can_be_left_out_of_the_runs_at_equal_time(monkeypatch, tmp_pat
     equal_epochs, equal_time = (list(quality_table(result).columns[column].cells) for column in (1, 3))
     assert float(equal_epochs[2]) > 1
     assert equal_time[2] == "—"
+
+
+def test_curves_are_means_over_seeds_and_a_run_without_an_end_has_no_point():
+    def record(method, equal, seed, losses, test_ppl, seconds=60.0):
+        curve = [{"step": step, "val_loss": loss} for step, loss in zip((2, 4), losses, strict=False)]
+        ends = {"steps": 4, "training_seconds": seconds, "test_ppl": test_ppl}
+        return {"method": method, "equal": equal, "seed": seed, "curve": [{"step": 1}, *curve], **ends}
+
+    records = [
+        *(record("step_by_step", "epochs", seed, (3.0, 2.0), 10.0, seconds=240.0) for seed in (0, 1)),
+        record("lagged", "epochs", 0, (3.0, 2.0), 11.0),
+        record("lagged", "epochs", 1, (4.0, 1.0), 13.0),
+        record("lagged:passes=2", "epochs", 0, (3.0,), None),
+        record("lagged:passes=2", "epochs", 1, (5.0, 1.0), 9.0),
+    ]
+    settings = {"methods": ["step_by_step", "lagged", "lagged:passes=2"]}
+    traces = quality_figure({"settings": settings, "quality": records}).data
+    curves = {trace.name: trace for trace in traces if trace.name and trace.x}
+    assert list(curves["step_by_step"].x) == [2.0, 4.0]
+    assert list(curves["lagged"].x) == [0.5, 1.0]
+    assert list(curves["lagged"].y) == pytest.approx([math.exp(3.5), math.exp(1.5)])
+    assert list(curves["lagged:passes=2"].y) == pytest.approx([math.exp(4.0)])
+    (difference,) = [trace for trace in traces if trace.xaxis == "x2"]
+    assert (difference.y, difference.x) == (("lagged",), (pytest.approx(20.0),))
+    assert difference.error_x.array[0] == pytest.approx(12.706 * 10, rel=1e-3)  # of 10 % and 30 %: t · s / √2
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.1, 1), (3.0, 2), (15.0, 10), (25.0, 20), (26.4, 21)])
@@ -211,6 +239,8 @@ def test_an_infinite_perplexity_of_the_first_method_leaves_no_difference():
     [
         ({"model": "pythia"}, "--model pythia feeds no state back"),
         ({"methods": ["lagd"]}, "^unknown method 'lagd'"),
+        ({"plot": "lagged.png"}, "--plot is 'lagged.png': it must be an .html file"),
+        ({"plot": "lagged.html"}, "--plot lagged.html draws the runs of --quality true"),
         ({"quality_untimed": ["step_by_step"]}, "^--quality-untimed names step_by_step: give those of --methods after"),
         ({"methods": ["lagged:pases=2"]}, "unknown option 'pases' .* 'passes'"),
         ({"methods": ["lagged:grad_passes=2"]}, "^method 'lagged:grad_passes=2': --lagged-grad-passes is 2"),

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from newllm.bench.settings import ShapeBench, refuse_twice
+from newllm.bench.settings import ShapeBench, check_plot, refuse_twice
 from newllm.errors import UserError, nearest
 from newllm.resolution import check_seeds, resolve
 from newllm.settings import LaggedSettings, Precision, RunSettings
@@ -61,6 +61,8 @@ class LaggedBench(ShapeBench):
     """Seeds of these runs."""
     lr: float = 1e-3
     """Their peak learning rate."""
+    plot: str | None = None
+    """HTML file for a plot of these runs: perplexity against training time, and at equal epochs."""
 
     def run_settings(self, method: str, seed: int, steps: int) -> RunSettings:
         """A training run with a method. Its budget is told in tokens: one in epochs would add evaluations."""
@@ -98,6 +100,9 @@ class LaggedBench(ShapeBench):
         """Also for an unknown method or model, and one without a state."""
         super(LaggedBench, dataclasses.replace(self, seeds=self.seeds and [1])).check()  # 0 is a seed
         check_seeds("seeds", self.seeds)
+        check_plot(self.plot)
+        if self.plot is not None and not self.quality:
+            raise UserError(f"--plot {self.plot} draws the runs of --quality true: give both or neither")
         refuse_twice("--methods", self.methods)
         for method in self.quality_untimed:
             if method not in self.methods[1:]:

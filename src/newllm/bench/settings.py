@@ -96,6 +96,12 @@ class BenchSettings(ModelBench):
                 raise nearest(rival, list(NAMES), "rival", "in --rivals")
 
 
+def check_plot(path: str | None) -> None:
+    """Raises UserError if a plot could not be written there."""
+    if path is not None and not (path.endswith(".html") and Path(path).parent.is_dir()):
+        raise UserError(f"--plot is '{path}': it must be an .html file in a folder that exists")
+
+
 def refuse_twice(flag: str, names: list[str]) -> None:
     """Raises UserError if a name is there twice: rows are told apart by their names."""
     if len(set(names)) < len(names):
@@ -253,8 +259,7 @@ class GrowthBench(ModelBench):
     def check(self) -> None:
         """Also for marks too close to each other, and a plot that could not be written."""
         super().check()
-        if self.plot is not None and not (self.plot.endswith(".html") and Path(self.plot).parent.is_dir()):
-            raise UserError(f"--plot is '{self.plot}': it must be an .html file in a folder that exists")
+        check_plot(self.plot)
         decoded = self.rounds * (self.warmup + self.steps)
         for before, mark in itertools.pairwise([0, *sorted(self.marks)]):
             if mark - before <= decoded:

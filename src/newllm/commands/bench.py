@@ -62,9 +62,10 @@ def run(settings: TrainBench | DecodeBench | MemoryBench | ReadingBench | Growth
     table_console().print(table(result))
     print(json.dumps(result))
     if isinstance(settings, GrowthBench) and settings.plot is not None:
-        from newllm.commands.growth_plot import write_growth_plot
+        from newllm.commands.growth_plot import growth_figure
+        from newllm.commands.plot_page import write_page
 
-        write_growth_plot(result, Path(settings.plot))
+        write_page(growth_figure(result), Path(settings.plot))
         print(f"plot: {settings.plot}", file=sys.stderr)
     return result
 

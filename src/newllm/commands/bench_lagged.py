@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -30,6 +32,12 @@ def run(settings: LaggedBench) -> dict[str, Any]:
     if result["quality"]:
         console.print(quality_table(result))
     print(json.dumps(result, allow_nan=False))
+    if settings.plot is not None:
+        from newllm.commands.lagged_plot import quality_figure
+        from newllm.commands.plot_page import write_page
+
+        write_page(quality_figure(result), Path(settings.plot))
+        print(f"plot: {settings.plot}", file=sys.stderr)
     return result
 
 
@@ -86,13 +94,13 @@ def quality_table(result: dict[str, Any]) -> Table:
             ppls = [record["test_ppl"] for record in own]
             infinite = ppls.count(None)
             cells.append(f"∞ ({infinite} of {seeds})" if infinite else figure(estimate(ppls), 2))
-            cells.append("" if method == first else figure(_difference(own, of_first), 1, signed=True, unit=" %"))
+            cells.append("" if method == first else figure(ppl_difference(own, of_first), 1, signed=True, unit=" %"))
         epochs = [record["epochs"] for record in own]
         view.add_row(method, *cells, number(epochs[0], 1) if epochs else "")
     return view
 
 
-def _difference(records: list[dict[str, Any]], of_first: dict[int, float | None]) -> Estimate | None:
+def ppl_difference(records: list[dict[str, Any]], of_first: dict[int, float | None]) -> Estimate | None:
     """Test perplexity in percent above the first method's of the same seed; None where one of them is not finite."""
     differences = []
     for record in records:

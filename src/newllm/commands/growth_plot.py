@@ -1,32 +1,18 @@
-"""The plot of `newllm bench growth`: one HTML file that opens offline."""
+"""The plot of `newllm bench growth`."""
 
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from typing import Any
 
-COLORS = ("#1c1d1f", "#0b3aa5", "#a94d0f", "#137058", "#bd4d96", "#b68607", "#1c9bd6")
+from newllm.commands.plot_page import COLORS, LAYOUT
+
 DASHES = ("solid", "dash", "dot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
-SIZE = {"width": 1100, "height": 560}
-
-
-def write_growth_plot(result: dict[str, Any], path: Path) -> None:
-    """State bytes and milliseconds of a decoded token against tokens read, side by side, a line for each model.
-
-    Raises OSError if the file cannot be written.
-    """
-    from plotly.io import to_html
-
-    # The page says when it is drawn, for whoever takes a picture of it.
-    drawn = "document.body.dataset.drawn = 'yes'"
-    page = to_html(growth_figure(result), config={"displayModeBar": False}, full_html=True, post_script=drawn)
-    path.write_text(page, encoding="utf-8")
 
 
 def growth_figure(result: dict[str, Any]) -> Any:
-    """The figure of what `bench_growth` returned."""
+    """State bytes and milliseconds of a decoded token against tokens read, side by side, a line for each model."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(cols=2, horizontal_spacing=0.1)
@@ -54,11 +40,7 @@ def growth_figure(result: dict[str, Any]) -> Any:
     figure.update_yaxes(title="decoding, milliseconds per token", rangemode="tozero", col=2)
     figure.update_layout(
         title="What is remembered, and how long a token takes, while one row is read",
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "size": 14, "color": COLORS[0]},
-        legend={"orientation": "h", "yanchor": "top", "y": -0.16},
-        margin={"t": 60, "b": 110},
-        **SIZE,
+        **LAYOUT,
     )
     return figure
 
