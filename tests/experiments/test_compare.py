@@ -175,6 +175,30 @@ def test_a_folder_of_something_else_is_not_touched(text, tmp_path, name, content
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mqa-seed0", "mqa-seed0 is a file"), ("mqa-seed0/thesis.tex", "mqa-seed0 holds other files")],
+)
+def test_what_stands_in_the_place_of_a_run_folder_is_not_touched(text, tmp_path, name, message):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match=message):
+        compare(tiny(text, tmp_path / "out", models=["mqa"]))
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
+def test_a_full_disk_is_told_also_where_there_is_no_room_to_write_it_down(text, tmp_path, monkeypatch):
+    def no_space(*arguments):
+        (tmp_path / "out" / "mqa-seed0" / "error.txt").mkdir()  # nor can anything be written there
+        raise UserError("no space left on the disk")
+
+    monkeypatch.setattr(run, "train", no_space)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        compare(tiny(text, tmp_path / "out", models=["mqa"]))
+
+
 def test_a_report_cannot_replace_a_folder(text, finished, tmp_path):
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     (out / "report.md").unlink()

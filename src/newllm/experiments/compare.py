@@ -28,7 +28,7 @@ from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
 from newllm.experiments.report import write_report
 from newllm.experiments.results import FILE_NAME, Results, check_taken_row, finite, read_results, write_results
-from newllm.experiments.run import RunError, error_line, is_finished
+from newllm.experiments.run import RunError, error_line, is_finished, with_details
 from newllm.experiments.terminal import print_table, table_console
 from newllm.models import load_plugin, meta_model
 from newllm.resolution import resolve
@@ -211,10 +211,8 @@ class Comparison:
         """Takes in a run that has ended, and writes results and report anew."""
         if isinstance(outcome, Exception):
             self.error_of[task.index] = outcome
-            self.display.say(
-                f"{self.display.label(task.index, task.run)}: failed: {error_line(outcome)} "
-                f"(details: {task.folder / ERROR_FILE})"
-            )
+            said = with_details(error_line(outcome), task.folder)
+            self.display.say(f"{self.display.label(task.index, task.run)}: failed: {said}")
             self.display.run_done()
         else:
             self._add_row(task.index, task.run, outcome)
@@ -235,10 +233,8 @@ class Comparison:
         if isinstance(first, UserError):
             return first
         run = self.runs[index]
-        error = RunError(
-            f"every run failed; {run.model}, seed {run.seed}: {error_line(first)} "
-            f"(details: {run_folder(self.out, run) / ERROR_FILE})"
-        )
+        said = with_details(error_line(first), run_folder(self.out, run))
+        error = RunError(f"every run failed; {run.model}, seed {run.seed}: {said}")
         error.__cause__ = first
         return error
 

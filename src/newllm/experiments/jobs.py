@@ -28,10 +28,10 @@ from newllm.errors import UserError
 from newllm.evaluation.processes import cause_of_death
 from newllm.experiments.progress import Display, RunLine
 from newllm.experiments.results import Row
-from newllm.experiments.run import RunError, finish_run
+from newllm.experiments.run import RunError, finish_run, leave_error
 from newllm.settings import ExperimentSettings, RunSettings
 from newllm.training.callbacks import TrainProgress
-from newllm.training.checkpoints import ERROR_FILE, read_result
+from newllm.training.checkpoints import read_result
 
 if TYPE_CHECKING:
     from newllm.data import PreparedData
@@ -178,9 +178,8 @@ class Workers:
     def _outcome(self, worker: Worker, task: Task, answer: dict[str, Any] | None) -> Row | Exception:
         if answer is None:
             cause = cause_of_death(worker.process, worker.errors)
-            task.folder.mkdir(exist_ok=True)
             worker.errors.seek(0)
-            (task.folder / ERROR_FILE).write_text(f"{worker.errors.read()}\n{cause}\n", encoding="utf-8")
+            leave_error(task.folder, f"{worker.errors.read()}\n{cause}\n")
             return RunError(cause)
         if "error" in answer:
             return (UserError if answer["is_user_error"] else RunError)(answer["error"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,21 +44,33 @@ def is_finished(result: dict[str, Any], run: RunSettings) -> bool:
 def finish_run(run: RunSettings, data: PreparedData, folder: Path, watcher: Watcher) -> dict[str, Any]:
     """Trains, or continues, and evaluates a run; returns its row, which result.json then holds too.
 
-    Whatever goes wrong is left in error.txt, and raised.
+    Whatever goes wrong once the folder is that of the run is left in error.txt, and raised.
     """
-    try:
-        with lock(folder):
-            claim_run_folder(folder, run, data.fingerprint, watcher.say)
+    with lock(folder):
+        claim_run_folder(folder, run, data.fingerprint, watcher.say)
+        try:
             training = train(run, data, folder, watcher)
             watcher.phase("evaluating")
             row = make_row(run, data, folder, training)
             write_result(folder, read_result(folder) | {"row": row})
-    except Exception:
-        folder.mkdir(exist_ok=True)
-        (folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
-        raise
-    (folder / ERROR_FILE).unlink(missing_ok=True)
+        except Exception:
+            leave_error(folder, traceback.format_exc())
+            raise
+        (folder / ERROR_FILE).unlink(missing_ok=True)
     return row
+
+
+def leave_error(folder: Path, text: str) -> None:
+    """Writes error.txt, as far as the disk that may be the trouble allows: the trouble itself is to be told."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(exist_ok=True)  # a worker may have died before it made the folder
+        (folder / ERROR_FILE).write_text(text, encoding="utf-8")
+
+
+def with_details(line: str, folder: Path) -> str:
+    """What went wrong with a run, and where more of it stands, if it does."""
+    path = folder / ERROR_FILE
+    return f"{line} (details: {path})" if path.is_file() else line
 
 
 def error_line(error: Exception) -> str:

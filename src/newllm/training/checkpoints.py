@@ -189,7 +189,9 @@ def make_folder(folder: Path) -> None:
 
 
 def refuse_other_files(run_folder: Path) -> None:
-    """Raises UserError for a folder with files that no run has left there: it is somebody's, and is not touched."""
+    """Raises UserError for a file, or a folder with files, that no run has left: it is somebody's, and is not touched."""
+    if run_folder.exists() and not run_folder.is_dir():
+        raise UserError(f"{run_folder} is a file, where the folder of a run should be: move it away")
     if not run_folder.is_dir() or "hash" in read_result(run_folder):
         return
     ours = {ERROR_FILE, "result.json" + INCOMPLETE}  # left by a run that failed, or was killed, before it began
