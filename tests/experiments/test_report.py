@@ -1,5 +1,7 @@
 """The report, opened in headless Chromium as a reader would."""
 
+import errno
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -417,6 +419,21 @@ def test_the_recall_section_is_drawn(tmp_path, width):
             "return [...document.querySelectorAll('.legend')].map(l => l.children[3].getAttribute('aria-pressed'))"
         )
         assert driver.execute_script(pressed) == ["false", "false"]
+
+
+def test_a_full_disk_leaves_the_report_as_it_was(tmp_path, monkeypatch):
+    write_results(tmp_path, make_results(1, 1))
+    write_report(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def half(path, text, **options):
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        write_report(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_results_can_be_named_themselves(tmp_path):

@@ -37,7 +37,6 @@ from newllm.training import check_loggers, check_suitability, new_model
 from newllm.training.checkpoints import (
     ERROR_FILE,
     claim_run_folder,
-    explaining_full_disk,
     file_name,
     make_folder,
     read_object,
@@ -308,9 +307,8 @@ class Comparison:
         if not self.rows:
             return
         self.keep_earlier()
-        with explaining_full_disk(self.out):
-            write_results(self.out, self.results())
-            write_report(self.out)
+        write_results(self.out, self.results())
+        write_report(self.out)
 
     def keep_earlier(self) -> None:
         """Keeps results and report of an earlier comparison in the folder, if it has runs that this one has not."""

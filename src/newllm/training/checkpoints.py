@@ -174,8 +174,12 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a text file so that a reader, or a kill, sees the old or the new one and never a part."""
     staging = path.with_name(path.name + INCOMPLETE)
     with explaining_full_disk(path.parent):
-        staging.write_text(text, encoding="utf-8")
-        staging.replace(path)
+        try:
+            staging.write_text(text, encoding="utf-8")
+            staging.replace(path)
+        except OSError:
+            staging.unlink(missing_ok=True)
+            raise
 
 
 def make_folder(folder: Path) -> None:
@@ -189,7 +193,7 @@ def make_folder(folder: Path) -> None:
 
 
 def refuse_other_files(run_folder: Path) -> None:
-    """Raises UserError for a file, or a folder with files, that no run has left: it is somebody's, and is not touched."""
+    """Raises UserError for a file, or for files in a folder, that no run has left: somebody's, and not touched."""
     if run_folder.exists() and not run_folder.is_dir():
         raise UserError(f"{run_folder} is a file, where the folder of a run should be: move it away")
     if not run_folder.is_dir() or "hash" in read_result(run_folder):

@@ -22,12 +22,14 @@ from newllm.experiments.report.reversal import reversal_plots, reversal_section
 from newllm.experiments.report.selective import selective_section
 from newllm.experiments.results import FILE_NAME, Results, read_results
 from newllm.experiments.summary import ModelSummary, best_models, decimals, ranked, summarise
+from newllm.training.checkpoints import write_whole
 
 
 def write_report(folder: Path) -> Path:
     """Reads results.json of a compare folder, or named itself; writes report.md and report.html beside it.
 
-    Returns the path of the latter.
+    Returns the path of the latter. Whoever has the page open while a comparison goes on, and whoever finds it after a
+    kill or a full disk, sees all of it.
     """
     results = read_results(folder)
     if folder.is_file():
@@ -36,7 +38,7 @@ def write_report(folder: Path) -> Path:
         folder = folder.parent
     context = report_context(results, summarise(results))
     for name in ("report.md", "report.html"):
-        (folder / name).write_text(_template(name).render(context), encoding="utf-8")
+        write_whole(folder / name, _template(name).render(context))
     return folder / "report.html"
 
 
