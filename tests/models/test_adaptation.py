@@ -48,6 +48,17 @@ def test_where_nothing_is_left_out_the_model_is_the_same(name, options, own):
     assert distance(source, target) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["discrete_extra", "selective", "continuous"])
+def test_layers_that_read_a_text_several_times_are_adapted_to_all_they_read(name):
+    source, target = model_of(name, position=GEOMETRIC), model_of("mla", position=GEOMETRIC, kv_dim=32)
+    adapt(source, target, texts())
+    x, positions = torch.randn(2, 9, 32, dtype=torch.float64), torch.arange(9).expand(2, 9)
+    with torch.no_grad():
+        for theirs, ours in zip(source.layers, target.layers, strict=True):
+            expected, given = (layer(x, positions=positions, mask=None, state=None) for layer in (theirs, ours))
+            torch.testing.assert_close(given, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["mla", "v_dproj"])
 def test_the_more_is_kept_the_nearer_it_is(name):
     source, width = model_of("pythia", position=GEOMETRIC), {"mla": "kv_dim", "v_dproj": "value_dim"}[name]

@@ -90,8 +90,11 @@ def _made_by(convert: Converter, number: int) -> set[str]:
 
 
 def _moments(source: TransformerLM, numbers: list[int], batches: Iterable[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Mean and covariance of keys and values, before any rotation, of these layers over the batches, in float64."""
-    count, sums, products, hooks = 0, {}, {}, []  # type: ignore[var-annotated]
+    """Mean and covariance of keys and values, before any rotation, of these layers over the batches, in float64.
+
+    Over all that a layer reads: some models go through their layers several times.
+    """
+    counts, sums, products, hooks = dict.fromkeys(numbers, 0), {}, {}, []  # type: ignore[var-annotated]
     for n in numbers:
         layer = source.layers[n]
         assert isinstance(layer, PythiaLayer)
@@ -101,6 +104,7 @@ def _moments(source: TransformerLM, numbers: list[int], batches: Iterable[Tensor
 
         def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor, n: int = n) -> None:
             y = output.flatten(0, 1)[:, -len(sums[n]) :].double()
+            counts[n] += len(y)
             sums[n] += y.sum(dim=0)
             products[n] += y.T @ y
 
@@ -108,12 +112,11 @@ def _moments(source: TransformerLM, numbers: list[int], batches: Iterable[Tensor
     try:
         for ids in batches if numbers else ():
             source.hidden_states(ids.to(source.device))
-            count += ids.numel()
     finally:
         for hook in hooks:
             hook.remove()
-    means = {n: total / count for n, total in sums.items()}
-    return {n: (mean, products[n] / count - mean.outer(mean)) for n, mean in means.items()}
+    means = {n: total / counts[n] for n, total in sums.items()}
+    return {n: (mean, products[n] / counts[n] - mean.outer(mean)) for n, mean in means.items()}
 
 
 def directions(covariance: Tensor, rank: int) -> Tensor:
