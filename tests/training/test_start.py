@@ -14,9 +14,11 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from newllm.cli import main
 from newllm.data import prepare
 from newllm.errors import UserError
+from newllm.evaluation.checks import CHECK_SHAPE
 from newllm.experiments.results import read_results
-from newllm.models import load_model
+from newllm.models import create_model, load_model
 from newllm.models.interop import load_trained, trained_shape
+from newllm.settings import RunSettings
 from newllm.training import start
 from newllm.training.checkpoints import checkpoints, read_result
 from newllm.training.run import new_model
@@ -83,6 +85,19 @@ def test_distillation_brings_other_layers_nearer_and_leaves_the_rest(text, tmp_p
         assert start.val_loss == start.undistilled_val_loss
         assert all(torch.equal(p, same.get_parameter(n)) for n, p in source.named_parameters())
         assert not any(gate.any() for layer in same.layers for gate in layer.gate_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("pythia", 1), ("continuous", 1), ("continuous_extra", 2), ("discrete_extra", 2)]
+)
+def test_what_a_layer_reads_is_the_whole_text_in_each_pass_however_often_it_is_called(name, passes):
+    model, ids = create_model(name, **CHECK_SHAPE), torch.randint(61, (3, 7))
+    read = layer_by_layer(model, ids, RunSettings(precision="float32"))
+    positions = torch.arange(7).expand(3 * passes, 7)
+    for layer, (x, y) in zip(model.layers, read, strict=True):
+        assert x.shape == y.shape == (3 * passes, 7, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x, positions=positions, mask=None, state=None), y)
 
 
 def test_an_interruption_changes_neither_the_weights_nor_what_the_run_began_with(trained, text, tmp_path, monkeypatch):

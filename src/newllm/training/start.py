@@ -167,13 +167,23 @@ def misses(layers: dict[int, Any], read: list[tuple[Tensor, Tensor]]) -> list[Te
 
 
 def layer_by_layer(model: TransformerLM, ids: Tensor, settings: RunSettings) -> list[tuple[Tensor, Tensor]]:
-    """What every layer reads and gives for ids (B, T): (B, T, D) each."""
-    found: list[tuple[Tensor, Tensor]] = []
-    hooks = [layer.register_forward_hook(lambda m, inputs, y: found.append((inputs[0], y))) for layer in model.layers]
+    """What every layer reads and gives for ids (B, T): (B, T, D) each; of P passes through the layers (P·B, T, D)."""
+    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
+
+    def listen(layer: nn.Module, own: list[tuple[Tensor, Tensor]]) -> Any:
+        return layer.register_forward_hook(lambda module, inputs, y: own.append((inputs[0], y)))
+
+    hooks = [listen(layer, own) for layer, own in zip(model.layers, calls, strict=True)]
     try:
         with as_measured(model, settings.precision):
             model.hidden_states(ids)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+
+    def whole(parts: tuple[Tensor, ...]) -> Tensor:
+        """From the calls of one layer: of true recurrence one for each token, all passes of which come first."""
+        passes = sum(part.shape[1] for part in parts) // ids.shape[1]
+        return torch.cat([torch.cat(parts[p::passes], dim=1) for p in range(passes)])
+
+    return [(whole(x), whole(y)) for x, y in (zip(*own, strict=True) for own in calls)]
