@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -161,6 +162,18 @@ def test_checkpoints_that_are_all_damaged_are_one_line(text, tmp_path):
     (only,) = checkpoints(folder)
     (only / "optimizer.pt").unlink()
     with pytest.raises(UserError, match=rf"optimizer.pt is damaged, and no older .*: remove {only} to train anew"):
+        run(settings, folder)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: shutil.rmtree(file.parent), halve])
+def test_best_weights_that_are_gone_are_one_line(text, tmp_path, monkeypatch, damage):
+    settings, folder = tiny(text), tmp_path / "run"
+    monkeypatch.setattr(trainer.LMTrainer, "measure", lambda self: {"eval_loss": float(self.state.global_step)})
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, folder, interrupt_at(13))
+    best, _ = checkpoints(folder)
+    damage(best / "model.safetensors")
+    with pytest.raises(UserError, match=rf"the best weights of this run: remove {folder} to train anew"):
         run(settings, folder)
 
 

@@ -85,15 +85,18 @@ class ExactTrainer(Trainer):
     def finish(self) -> TrainerState:
         """Trains to the end, from the newest checkpoint where there is one; the model then has the best weights.
 
-        Does nothing but load them if called again. Raises KeyboardInterrupt (state saved) on Ctrl-C.
+        Does nothing but load them if called again. Raises KeyboardInterrupt (state saved) on Ctrl-C, UserError where the
+        best weights are damaged or gone.
         """
         newest = newest_checkpoint(self.folder)
         state = None if newest is None else read_state(newest)
         if state is None or not self.is_done(state):
             state = self._run(newest, state)
         best = checkpoint_folder(self.folder, state.best_global_step) / WEIGHTS  # type: ignore[arg-type]
-        if best in damaged_files(best.parent):
-            raise UserError(f"{best} is damaged, the best weights of this run: remove {self.folder} to train anew")
+        if not best.is_file() or best in damaged_files(best.parent):
+            raise UserError(
+                f"{best} is damaged or gone, the best weights of this run: remove {self.folder} to train anew"
+            )
         load_weights(self.model, best)
         return state
 
