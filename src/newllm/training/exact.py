@@ -85,8 +85,11 @@ class ExactTrainer(Trainer):
     def finish(self) -> TrainerState:
         """Trains to the end, from the newest checkpoint where there is one; the model then has the best weights.
 
-        Does nothing but load them if called again. Raises KeyboardInterrupt (state saved) on Ctrl-C, UserError where the
-        best weights are damaged or gone.
+        Does nothing but load them if called again.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C, with the state saved.
+            UserError: the best weights, or all checkpoints, are damaged or gone.
         """
         newest = newest_checkpoint(self.folder)
         state = None if newest is None else read_state(newest)
