@@ -185,6 +185,7 @@ def test_recall_follows_the_last_text_window(data):
         ({"recall_facts": 50}, "--recall-facts is 50: at most .* fit into 1 segments of 32 tokens"),
         ({"recall_distances": [0, 4]}, "none below 1"),
         ({"recall_distances": []}, "give at least one"),
+        ({"recall_distances": [4, 1, 4]}, "give each only once"),
         ({"recall_distances": [10**6]}, "--recall-distances: a distance of 1000000 takes 32,000,032 tokens"),
     ],
 )

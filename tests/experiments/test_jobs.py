@@ -166,7 +166,8 @@ def running(process, seconds):
         ({"threads": None, "jobs": None, "seeds": [0, 1, 2, 3, 4]}, 64, (8, 1)),  # eight cores
         ({"threads": None, "jobs": None, "seeds": [0, 1, 2, 3, 4]}, 23, (5, 1)),  # memory
         ({"threads": 4, "jobs": None, "seeds": [0, 1]}, 64, (2, 4)),
-        ({"threads": None, "jobs": 3}, 1, (3, 2)),
+        ({"threads": None, "jobs": 3, "seeds": [0, 1]}, 1, (3, 2)),
+        ({"threads": None, "jobs": 8}, 1, (2, 4)),  # two runs
         ({"threads": 16, "jobs": None}, 1, (1, 16)),
     ],
 )

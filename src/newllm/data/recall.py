@@ -214,6 +214,8 @@ class RecallTask:
         """Raises UserError for distances and numbers of facts from which no window can be made."""
         if not distances or min(distances) < 1:
             raise UserError(f"--recall-distances is {distances}: give at least one, none below 1")
+        if len(set(distances)) < len(distances):  # a report would take the second for another seed
+            raise UserError(f"--recall-distances is {distances}: give each only once")
         fits = min(distances) * self.sentences_per_segment
         most = min(fits, len(self.words.names), len(self.words.answers))
         if self.facts > most:

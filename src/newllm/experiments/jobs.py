@@ -55,11 +55,14 @@ def resolve_jobs(settings: ExperimentSettings) -> tuple[int, int]:
     threads as before, and so bit-equal.
     """
     threads = torch.get_num_threads()
-    jobs = settings.jobs
-    if jobs is None:
+    if settings.jobs is not None:
+        jobs = settings.jobs
+    elif resolve_device(settings.device).type == "cpu":
         by_memory = psutil.virtual_memory().total // MEMORY_OF_A_JOB
-        on_cpu = min(threads // (settings.threads or 1), len(settings.runs()), by_memory)
-        jobs = max(1, on_cpu) if resolve_device(settings.device).type == "cpu" else 1
+        jobs = max(1, min(threads // (settings.threads or 1), by_memory))
+    else:
+        jobs = 1
+    jobs = min(jobs, len(settings.runs()))  # the threads of a job without a run would be idle
     return jobs, settings.threads or max(1, threads // jobs)
 
 
