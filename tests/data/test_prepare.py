@@ -167,8 +167,9 @@ def test_too_short_for_a_window_says_what_would_fit(corpus, tmp_path):
 def test_empty_split(tmp_path, data, content, values):
     if content is not None:
         (tmp_path / data).write_bytes(content)
-    with pytest.raises(UserError, match=r"no text is left for the (validation|test|train) split"):
+    with pytest.raises(UserError, match=r"no text is left for the (validation|test|train) split") as caught:
         prepare(settings(data if content is None else tmp_path / data, tmp_path, **values))
+    assert ("--validation-share" in str(caught.value)) == (data != "shakespeare"), "its split is fixed"
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n"])

@@ -155,7 +155,7 @@ class Parser(jsonargparse.ArgumentParser):
             return nearest(unknown.split("=")[0], flags, "option")
         if match := re.match(r'Parser key "(\w+)"', message):
             key = match[1]
-            value = re.search(r"(?:Given|Got) value: (.*)", message.splitlines()[-1])
+            value = re.search(r"(?:Given|Got) value: ?(.*)", message.splitlines()[-1])
             given = shortened(value[1]) if value else "?"
             assert self.settings_class is not None
             hint = get_type_hints(self.settings_class)[key]
@@ -255,7 +255,16 @@ def read_config(name: str, cls: type, configs: Path = CONFIGS_FOLDER) -> dict[st
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Tells the line of a value that looks like a date or a number and is none; PyYAML raises a bare ValueError."""
+    """Tells the line of a key that is there twice, of which PyYAML takes the last without a word, and of a value that
+    looks like a date or a number and is none, for which it raises a bare ValueError."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
