@@ -207,6 +207,19 @@ def test_a_report_cannot_replace_a_folder(text, finished, tmp_path):
         compare(tiny(text, out, seeds=[0, 1]))
 
 
+def test_paths_of_results_may_begin_with_the_home_folder(text, finished, tmp_path, monkeypatch):
+    """As in a config file, where no shell replaces ~."""
+    monkeypatch.setenv("HOME", str(finished.parent))
+    monkeypatch.chdir(finished)
+    settings = tiny(text, "~/again", reuse=["~/nothing"])
+    with pytest.raises(UserError, match=f"{finished.parent / 'nothing'}.* does not exist"):
+        compare(settings)
+    settings.reuse = ["."]
+    report = compare(settings)
+    assert report.parent == finished.parent / "again"
+    assert "2 of 2 runs: 2 from out (" in report.read_text()
+
+
 def test_the_folder_we_are_in_may_be_the_compare_folder(text, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "notes.txt").write_text("mine")
@@ -454,4 +467,6 @@ def test_folder_names_are_safe(tmp_path):
     assert {len(name.encode()) for name in names} == {200}
     settings = resolve(RunSettings(model="gqa:num_kv_heads=1,position.type=none", seed=2))
     assert run_folder(tmp_path, settings).name == "gqa_num_kv_heads=1,position.type=none-seed2"
-    assert resolve_out(ExperimentSettings(name="Heads / windows: a look")).name == "Heads_windows_a_look-quickstart"
+    for out in (None, ""):  # of a variable that is not set
+        settings = ExperimentSettings(name="Heads / windows: a look", out=out)
+        assert resolve_out(settings) == Path("runs/Heads_windows_a_look-quickstart").resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from newllm.paths import user_path
 from newllm.settings import RunSettings
 
 
@@ -27,7 +28,7 @@ def train(settings: RunSettings, out: str | None) -> None:
         load_plugin(settings.plugin)
     meta_model(settings.model, **settings.shape())
     check_suitability(settings, [settings.model])
-    shown = Path(out) if out is not None else default_folder(settings)
+    shown = user_path(out) if out else default_folder(settings)
     folder = shown.resolve()  # a folder that is moved aside may be the one we are in
     make_folder(folder)
     refuse_other_files(folder)

@@ -31,6 +31,7 @@ from newllm.experiments.results import FILE_NAME, Results, check_taken_row, fini
 from newllm.experiments.run import RunError, error_line, is_finished, with_details
 from newllm.experiments.terminal import print_table, table_console
 from newllm.models import load_plugin, meta_model
+from newllm.paths import spelt_alike, user_path
 from newllm.resolution import resolve
 from newllm.settings import ExperimentSettings, LaggedSettings, RunSettings
 from newllm.training import check_loggers, check_suitability, new_model
@@ -70,7 +71,7 @@ def compare(settings: ExperimentSettings) -> Path:
     make_folder(out)
     refuse_other_folder(out)
     console = table_console()
-    earlier = [(path, read_results(Path(path))) for path in settings.reuse]
+    earlier = [(path, read_results(user_path(path))) for path in settings.reuse]
     runs = planned_runs(settings)
     with lock(out), Display(console, len(runs)) as display:
         data = prepare(settings, display.say)
@@ -100,8 +101,8 @@ def compare(settings: ExperimentSettings) -> Path:
 
 def resolve_out(settings: ExperimentSettings) -> Path:
     """The compare folder: --out, or runs/NAME-SCALE. Absolute, since `.` and `..` have no name to put a lock beside."""
-    out = settings.out if settings.out is not None else f"runs/{file_name(f'{settings.name}-{settings.scale}')}"
-    return Path(out).resolve()
+    default = f"runs/{file_name(f'{settings.name}-{settings.scale}')}"
+    return user_path(settings.out or default).resolve()
 
 
 def run_folder(out: Path, run: RunSettings) -> Path:
@@ -193,7 +194,7 @@ class Comparison:
         every split. Such a row says under "reused" where it comes from: time and machine are those of that comparison.
         """
         for path, results in earlier:
-            origin = {"from": Path(path).name} | {key: results[key] for key in ("created", "version", "machine")}
+            origin = {"from": spelt_alike(path)} | {key: results[key] for key in ("created", "version", "machine")}
             rows = {row.get("hash"): row for row in results["rows"]} if results["data"] == self.data.info else {}
             found = {task.index: row for task in tasks if (row := _same_run(task.run, rows)) is not None}
             if not found:
