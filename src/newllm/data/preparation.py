@@ -128,9 +128,9 @@ def _make(
     splits, how = split_documents(spool, corpus, settings.validation_share, settings.test_share)
     for split, extents in splits.items():
         if not extents:
-            shares = "" if corpus.fixed_split else ", or another --validation-share or --test-share"
+            others = "" if corpus.fixed_split else ", or another --validation-share or --test-share"
             raise UserError(
-                f"{corpus.name}: no text is left for the {split} split; more or longer documents are needed{shares}"
+                f"{corpus.name}: no text is left for the {split} split; more or longer documents are needed{others}"
             )
 
     def texts(split: str):
