@@ -20,9 +20,9 @@ def train(settings: RunSettings, out: str | None) -> None:
     from newllm.training import check_loggers, check_suitability
     from newllm.training import train as run
     from newllm.training.checkpoints import make_folder, refuse_other_files
-    from newllm.training.locks import lock
+    from newllm.training.ranks import first_alone, is_first, joined, locked_by_first
 
-    resolve_device(settings.device)
+    device = resolve_device(settings.device)
     check_loggers(settings)
     if settings.plugin is not None:
         load_plugin(settings.plugin)
@@ -30,11 +30,17 @@ def train(settings: RunSettings, out: str | None) -> None:
     check_suitability(settings, [settings.model])
     shown = user_path(out) if out else default_folder(settings)
     folder = shown.resolve()  # a folder that is moved aside may be the one we are in
-    make_folder(folder)
-    refuse_other_files(folder)
-    with lock(folder), Display(Console(), total_runs=1) as display:
-        data = prepare(settings, display.say)
-        result = run(settings, data, folder, display.start(0, settings))
+    with joined(device):
+        with first_alone() as first:
+            if first:
+                make_folder(folder)
+                refuse_other_files(folder)
+        with locked_by_first(folder), Display(Console(quiet=not is_first()), total_runs=1) as display:
+            with first_alone():
+                data = prepare(settings, display.say)
+            result = run(settings, data, folder, display.start(0, settings))
+    if not is_first():
+        return
     print(
         f"trained on {result.tokens:,} tokens in {duration(result.seconds)}: "
         f"validation loss {result.best_val_loss:.4f}, perplexity {perplexity(result.best_val_loss):.2f}\n"

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from newllm.errors import UserError
 from newllm.settings import RunSettings
 from newllm.training.checkpoints import write_whole
+from newllm.training.ranks import is_first, of_first, world_size
 
 LOG_POINTS, LONGEST_LOG_WINDOW = 100, 25  # points of a loss curve, and the most steps one of them averages
 
@@ -99,9 +100,10 @@ class ScheduledFlow(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         step = state.global_step
+        due = time.monotonic() - self.last_save >= 60 * self.checkpoint_minutes
+        self.interrupted, due = of_first((self.interrupted, due))  # Ctrl-C comes to every process, in another step
         control.should_evaluate = step in self.schedule.evaluation_steps
         control.should_log = control.should_evaluate or self.interrupted or step % self.schedule.log_every == 0
-        due = time.monotonic() - self.last_save >= 60 * self.checkpoint_minutes
         control.should_save = control.should_evaluate or self.interrupted or (control.should_log and due)
         control.should_training_stop = self.interrupted or step >= self.schedule.total_steps
         return control
@@ -118,7 +120,8 @@ class ScheduledFlow(TrainerCallback):
 
         def interrupt(signum: int, frame: Any) -> None:
             self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
+            if world_size() == 1:  # torchrun passes on what the terminal has sent to all, and kills in the end
+                signal.signal(signal.SIGINT, previous)
 
         previous = signal.signal(signal.SIGINT, interrupt)
         try:
@@ -178,9 +181,12 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        write_whole(self.path, "".join(map(metrics_line, state.log_history)))
+        if is_first():
+            write_whole(self.path, "".join(map(metrics_line, state.log_history)))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not is_first():
+            return
         with self.path.open("a") as file:
             file.write(metrics_line(state.log_history[-1]))
 

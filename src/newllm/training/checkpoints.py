@@ -47,10 +47,15 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
         raise
 
 
+def incomplete(folder: Path) -> Path:
+    """Where a folder is while it is being written."""
+    return folder.with_name(folder.name + INCOMPLETE)
+
+
 @contextlib.contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """A staging folder to write into; it becomes `folder` when the block ends without an error."""
-    staging = folder.with_name(folder.name + INCOMPLETE)
+    staging = incomplete(folder)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with explaining_full_disk(folder.parent):
@@ -224,18 +229,25 @@ def file_name(text: str) -> str:
 
 
 def claim_run_folder(
-    run_folder: Path, settings: RunSettings, data_fingerprint: str, say: Callable[[str], None] = print
+    run_folder: Path,
+    settings: RunSettings,
+    data_fingerprint: str,
+    say: Callable[[str], None] = print,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Makes the folder that of this run, and returns its result.json so far.
 
-    The same settings on the same data continue where they were. Another run's folder may hold hours of training: it is
-    kept as `NAME~old`, `NAME~old2`, …, which is said. Raises UserError for a folder with files that no run has left.
+    The same settings on the same data, in as many processes, continue where they were. Another run's folder may hold
+    hours of training: it is kept as `NAME~old`, `NAME~old2`, …, which is said. Raises UserError for a folder with files
+    that no run has left.
     """
     refuse_other_files(run_folder)
     identity: dict[str, Any] = {"model": settings.model, "seed": settings.seed, "data": data_fingerprint}
     identity["hash"] = settings.hash(training_only=True)
     result = read_result(run_folder)
-    if any(result.get(key) != value for key, value in identity.items()):
+    if processes > 1:
+        identity["processes"] = processes  # their batches make a step
+    if any(result.get(key) != value for key, value in identity.items()) or result.get("processes", 1) != processes:
         if result:
             (old,) = set_aside(run_folder)
             say(f"{run_folder} holds a run with other settings or data: kept as {old.name}")

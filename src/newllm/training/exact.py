@@ -27,9 +27,11 @@ from newllm.training.checkpoints import (
     checkpoint_folder,
     complete_checkpoint,
     damaged_files,
+    incomplete,
     newest_checkpoint,
     remove_except,
 )
+from newllm.training.ranks import is_first, of_first, wait, world_size
 
 WEIGHTS, STATE = "model.safetensors", "trainer_state.json"  # in a checkpoint
 
@@ -121,7 +123,7 @@ class ExactTrainer(Trainer):
         raise NotImplementedError
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = self.measure()
+        metrics = of_first(self.measure() if is_first() else {})
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -145,14 +147,24 @@ class ExactTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, but complete or not there; keeps this checkpoint and the best one."""
         checkpoint = checkpoint_folder(self.folder, self.state.global_step)
-        with complete_checkpoint(checkpoint) as staging:
-            save_weights(self.model, str(staging / WEIGHTS))
-            self.save_more(staging)
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_rng_state(str(staging))
-            self.state.save_to_json(str(staging / STATE))
-        self.saved(checkpoint)
-        remove_except(self.folder, {self.state.global_step, self.state.best_global_step or 0})
+        if is_first():
+            with complete_checkpoint(checkpoint) as staging:
+                save_weights(self.model, str(staging / WEIGHTS))
+                self.save_more(staging)
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_rng_states(staging)
+                self.state.save_to_json(str(staging / STATE))
+            self.saved(checkpoint)
+            remove_except(self.folder, {self.state.global_step, self.state.best_global_step or 0})
+        else:
+            self._save_rng_states(incomplete(checkpoint))
+        wait()
+
+    def _save_rng_states(self, staging: Path) -> None:
+        """Every process its own, when the first has made the folder and before it is complete."""
+        wait()
+        self._save_rng_state(str(staging))
+        wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Strict, where the Trainer's own leaves a weight it does not find as it was initialised."""
@@ -187,6 +199,7 @@ def common_arguments(settings: OptimizerSettings, folder: Path, steps: int, **ow
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_num_workers=0,
+        average_tokens_across_devices=world_size() > 1,
         **own,
     )
     if arguments.parallel_mode.value == "not_distributed":

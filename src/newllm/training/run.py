@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
 from newllm.data.tasks import TASKS, WithTasks, stack_windows, task_shares, training_tasks
 from newllm.data.windows import StreamDataset, TaskDataset, WindowDataset
-from newllm.devices import set_threads
+from newllm.devices import resolve_device, set_threads
 from newllm.errors import UserError
 from newllm.models import TransformerLM, create_model
 from newllm.models.projection import DProjLM
@@ -35,8 +35,8 @@ from newllm.training.checkpoints import (
     write_result,
 )
 from newllm.training.lagged_store import remove_states
-from newllm.training.locks import lock
 from newllm.training.projection import PROJECTION, ProjectionResult, train_projection
+from newllm.training.ranks import first_alone, is_first, joined, locked_by_first, of_first, world_size
 from newllm.training.start import Start, start_from
 from newllm.training.suitability import check_suitability
 from newllm.training.trainer import LMTrainer, training_arguments
@@ -100,15 +100,21 @@ def train(
     check_suitability(settings, [settings.model])
     tasks = training_tasks(data, settings, settings.seed)
     folder = folder.resolve()  # a folder that is moved aside may be the one we are in
-    with lock(folder), explaining_full_disk(folder):
-        result = claim_run_folder(folder, settings, data.fingerprint)
+    with joined(resolve_device(settings.device)), locked_by_first(folder), explaining_full_disk(folder):
+        result: dict[str, Any] = {}
+        if is_first():
+            result = claim_run_folder(folder, settings, data.fingerprint, processes=world_size())
+        result = of_first(result)
         if "training" not in result:
             results = _train(settings, data, tasks, folder, on_progress)
             result |= {phase: asdict(phase_result) for phase, phase_result in results.items()}
-            write_result(folder, result)
-        for place in filter(Path.is_dir, (folder, folder / RECONSTRUCTION, folder / PROJECTION)):
-            remove_except(place, set())
-        remove_states(folder)
+            if is_first():
+                write_result(folder, result)
+        with first_alone() as first:
+            if first:
+                for place in filter(Path.is_dir, (folder, folder / RECONSTRUCTION, folder / PROJECTION)):
+                    remove_except(place, set())
+                remove_states(folder)
     return training_result(TrainResult, folder, result)
 
 
@@ -145,9 +151,10 @@ def _train(
         texts = StreamDataset(data.splits["train"], settings.seq_length, settings.batch_size, settings.seed)
     results["training"] = _train_phase(model, settings, texts, data, folder, "", on_progress)
     model.config.use_cache = use_cache  # the Trainer turns it off
-    with complete_folder(folder / "model") as staging:
-        model.save_pretrained(staging)
-        data.tokenizer.save_pretrained(staging)
+    if is_first():
+        with complete_folder(folder / "model") as staging:
+            model.save_pretrained(staging)
+            data.tokenizer.save_pretrained(staging)
     return results
 
 
@@ -185,8 +192,10 @@ def _train_phase(
     phase: name of the sub-folder with the phase's metrics.jsonl and checkpoints; empty for the run folder itself.
     """
     folder = run_folder / phase
-    folder.mkdir(exist_ok=True)
-    remove_incomplete(folder)
+    with first_alone() as first:
+        if first:
+            folder.mkdir(exist_ok=True)
+            remove_incomplete(folder)
     arguments = training_arguments(settings, folder, steps=1)
     samples_per_step = arguments.train_batch_size * settings.gradient_accumulation * arguments.world_size
     arguments.max_steps = total_steps(settings, len(windows), samples_per_step)
@@ -206,7 +215,7 @@ def _train_phase(
         data_collator=stack_windows,
         callbacks=[MetricsCallback(folder / "metrics.jsonl")],
     )
-    if on_progress is not None:
+    if on_progress is not None and is_first():
         trainer.add_callback(ProgressCallback(settings, schedule, tokens_per_step, phase, on_progress))
     state = trainer.finish()
     seconds = state.log_history[-1]["seconds"]

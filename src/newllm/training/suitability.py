@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 from newllm.data.tasks import task_shares
 from newllm.errors import UserError, flag
 from newllm.models import TransformerLM, meta_model
 from newllm.models.cache import TokenState
 from newllm.models.layers import Layer
 from newllm.models.memory import layers_with_memories
+from newllm.models.projection import DProjLM
 from newllm.models.recurrent import RecurrentLM
 from newllm.settings import CommonSettings
+from newllm.training.ranks import world_size
 from newllm.training.start import check_start
 
 
@@ -35,7 +35,7 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
         )
     if sum(shares.values()) >= 1:
         raise UserError(f"{' and '.join(shares)} are {sum(shares.values()):g} together: they must be less than 1")
-    if settings.streaming and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if settings.streaming and world_size() > 1:
         raise UserError(
             "--streaming works in one process: its rows would not stay where their states are; leave it out"
         )
@@ -43,6 +43,8 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
         model = meta_model(name, **settings.shape())
         if model.state_size and not settings.step_by_step:
             _check_lagged(name, model, settings)
+        if isinstance(model, DProjLM) and world_size() > 1:
+            raise UserError(f"{name}: its projection is trained first, in one process: leave torchrun out")
         if settings.streaming:
             _check_states(name, model)
         else:
@@ -55,7 +57,7 @@ def _check_lagged(name: str, model: TransformerLM, settings: CommonSettings) -> 
             f"--streaming: {name} feeds a state back and is trained by Lagged Cache Training, which keeps the states "
             "of windows, not of rows that read on: leave it out, or train by true recurrence with --step-by-step true"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError(
             f"{name} feeds a state back: Lagged Cache Training works in one process, since each would keep states "
             "that another one needs; train by true recurrence with --step-by-step true"

@@ -182,5 +182,4 @@ def training_arguments(settings: RunSettings, folder: Path, steps: int) -> Train
         steps,
         metric_for_best_model="loss",
         report_to=list(settings.report_to) or "none",
-        average_tokens_across_devices=False,
     )

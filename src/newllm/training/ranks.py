@@ -1,0 +1,81 @@
+"""One run in several processes, as torchrun starts them: what the first does for all, and what all must agree on.
+
+Every process trains on batches of its own; files are the first one's. Where one of them ends with an error, torchrun
+ends the others. In a single process nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+from newllm.training.locks import lock
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process writes the files; in a run of one process it does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Connects the processes of a run, over gloo on CPUs and NCCL on GPUs, one of which each process gets.
+
+    Within a block of its own kind it does nothing.
+    """
+    if world_size() == 1 or distributed.is_initialized():
+        yield
+        return
+    from accelerate import PartialState
+
+    PartialState(cpu=device.type == "cpu")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def wait() -> None:
+    """Returns when all processes have come to this point."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
+def locked_by_first(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock on the run folder, which the first process has for all."""
+    return lock(folder) if is_first() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[bool]:
+    """The first process goes through the block while the others wait, then they; yields whether it is the first.
+
+    For what makes files that the others then find.
+    """
+    if not is_first():
+        wait()
+    yield is_first()
+    if is_first():
+        wait()
+
+
+def of_first(value: T) -> T:
+    """The first process's value, in all of them."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,122 @@
+"""Training in two processes, as torchrun starts them, on this CPU: the same run as one process with twice the batch."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import SHAPE, STEP, WINDOWS, metrics
+
+from newllm.cli import main
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(text, processes=1, **changes):
+    """`newllm train` in so many processes."""
+    values = {"precision": "float32", "threads": 1, "lr": 0.003, "evaluations": 2, "max_tokens": 20 * 2 * STEP}
+    values |= SHAPE | WINDOWS | {"data": text / "play.txt", "cache_dir": text / "cache"} | changes
+    flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [*(TORCHRUN if processes > 1 else [sys.executable]), "-m", "newllm.cli", "train", *flags]
+
+
+def newllm(text, **arguments):
+    """What it printed, and its exit code."""
+    done = subprocess.run(command(text, **arguments), capture_output=True, text=True, env=ENVIRONMENT)
+    return done.stdout + done.stderr, done.returncode
+
+
+@pytest.fixture(scope="module")
+def runs(text, tmp_path_factory):
+    """Folders of one run in one process, and in two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone, together = folder / "alone", folder / "together"
+    printed, code = newllm(text, batch_size=8, out=alone)
+    assert code == 0, printed
+    printed, code = newllm(text, processes=2, batch_size=4, out=together)
+    assert code == 0, printed
+    assert printed.count("trained on") == 1, "the first process speaks for all"
+    return alone, together
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(runs):
+    alone, together = map(metrics, runs)
+    assert [line.keys() for line in alone] == [line.keys() for line in together]
+    for ours, theirs in zip(alone, together, strict=True):
+        for key in ours.keys() & {"train_loss", "val_loss", "grad_norm"}:
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-4), key
+        assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in runs]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=2e-4)
+
+
+def test_files_are_those_of_one_process(runs):
+    alone, together = runs
+    assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
+    assert not list(together.parent.glob("*.newllm-lock"))
+    assert json.loads((together / "result.json").read_text())["processes"] == 2
+    assert "processes" not in json.loads((alone / "result.json").read_text())
+
+
+def test_a_finished_run_is_not_trained_again_and_one_process_does_not_continue_it(text, runs, tmp_path):
+    together = Path(shutil.copytree(runs[1], tmp_path / "together"))
+    before = (together / "model" / "model.safetensors").stat().st_mtime_ns
+    printed, code = newllm(text, processes=2, batch_size=4, out=together)
+    assert code == 0, printed
+    assert (together / "model" / "model.safetensors").stat().st_mtime_ns == before
+    printed, code = newllm(text, batch_size=4, out=together)
+    assert "kept as together~old" in " ".join(printed.split())
+    assert code == 0
+    assert "processes" not in json.loads((together / "result.json").read_text())
+
+
+def test_killed_and_started_again_it_ends_bit_for_bit_as_it_would_have(text, runs, tmp_path):
+    whole, folder = runs[1], tmp_path / "run"
+    arguments = {"batch_size": 4, "out": folder, "checkpoint_minutes": 0}
+    running = subprocess.Popen(command(text, processes=2, **arguments), env=ENVIRONMENT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("checkpoint-[3-9]")):
+            assert running.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    assert not (folder / "model").exists()
+    printed, code = newllm(text, processes=2, **arguments)
+    assert code == 0, printed
+    weights = [load_file(run / "model" / "model.safetensors") for run in (whole, folder)]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["compare", "--models", "pythia"],
+            "compare works in one process, WORLD_SIZE is 2: torchrun is for",
+        ),
+        (
+            ["train", "--model", "dproj", "--step-by-step", "true"],
+            "dproj: its projection is trained first, in one",
+        ),
+        (["train", "--model", "continuous"], "continuous feeds a state back: Lagged Cache Training works in one"),
+        (["train", "--model", "infini", "--streaming", "true"], "--streaming works in one process"),
+    ],
+)
+def test_what_needs_one_process_is_told_before_anything_starts(arguments, words, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
