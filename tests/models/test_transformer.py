@@ -5,7 +5,7 @@ import torch
 
 from newllm.errors import UserError
 from newllm.evaluation.checks import CHECK_SHAPE
-from newllm.models import TransformerLM, create_model, load_model
+from newllm.models import TransformerLM, create_model, load_model, preset_names
 from newllm.models.layers import PythiaLayer
 
 
@@ -23,7 +23,7 @@ def test_torch_compile_reads_a_model_as_it_is(name):
         torch.testing.assert_close(both, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["pythia", "mla", "infini_all", "multi_memory", "hierarchical"])
+@pytest.mark.parametrize("name", preset_names())
 @pytest.mark.parametrize("shape", [(2, 0), (0, 7), (0, 0), (0, 1)])
 def test_no_tokens_and_no_rows_give_empty_logits(name, shape):
     model, ids = create_model(name, **CHECK_SHAPE).eval(), torch.randint(61, shape)

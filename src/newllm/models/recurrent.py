@@ -102,6 +102,8 @@ class RecurrentLM(TransformerLM):
         """By true recurrence, token by token: (B, T, D). In training, gradients go back through all tokens."""
         if input_ids is None or inputs_embeds is not None:
             raise UserError("a recurrent model reads input_ids, of which its states are made: give no inputs_embeds")
+        if input_ids.shape[1] == 0:
+            return torch.zeros(*input_ids.shape, self.head.in_features, dtype=self.dtype, device=input_ids.device)
         positions, mask = self._places(input_ids, attention_mask, position_ids, past_key_values)
         if not self.state_size:
             cache = past_key_values if past_key_values is not None or self._reads_without_cache() else self.make_cache()

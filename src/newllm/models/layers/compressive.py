@@ -112,8 +112,6 @@ class CompressiveLayer(Layer):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: MemoryState | None) -> Tensor:  # type: ignore[override]
-        if x.shape[1] == 0:
-            return x
         q, k, v = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)  # (B, T, D)
         return self._finish(x, self._mixed(q, k, v, mask, state))
 

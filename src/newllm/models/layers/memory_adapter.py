@@ -97,8 +97,6 @@ class MemoryAdapterLayer(InfiniLayer):
         return self.beta.detach().tanh()
 
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: CombinedState | None) -> Tensor:  # type: ignore[override]
-        if x.shape[1] == 0:
-            return x
         whole = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)  # (B, T, D) each
         q, k, v = self._heads(whole)
         q, k = self.position.rotate(q, positions), self.position.rotate(k, positions)
