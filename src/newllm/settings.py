@@ -284,8 +284,8 @@ class ExperimentSettings(CommonSettings):
     out: str | None = None
     """Result folder; default runs/NAME-SCALE. Started again with the same folder, finished runs are kept."""
     reuse: list[str] = field(default_factory=list)
-    """Folders or results.json files of earlier comparisons, on whichever machine: their runs of the same settings and
-    text are taken from there instead of trained again. docs/experiments/*.json are such files."""
+    """Folders or results.json files of earlier comparisons, on whichever machine: their runs of the same settings, text
+    and precision are taken from there instead of trained again. docs/experiments/*.json are such files, in bf16."""
     jobs: int | None = None
     """Runs trained at the same time, each in a process of its own on its share of the threads. None: on a CPU as many
     as there are cores, or as have --threads each, but not more than runs nor than one for each 4 GiB of memory; on a

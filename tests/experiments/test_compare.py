@@ -329,6 +329,19 @@ def test_runs_on_another_text_are_not_taken_over(text, finished, tmp_path):
     assert [row.get("reused") for row in read_results(compare(settings).parent)["rows"]] == [None]
 
 
+def test_runs_in_another_precision_are_not_taken_over_as_if_it_were_the_same(text, finished, tmp_path, capsys):
+    """'auto' was another one there: named, it is the same run."""
+    results = json.loads((finished / "results.json").read_text())
+    here, there = ("bf16", "float32") if results["machine"]["native_bf16"] else ("float32", "bf16")
+    results["machine"]["native_bf16"] = not results["machine"]["native_bf16"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    for precision, taken in (("auto", False), (here, False), (there, True)):
+        settings = tiny(text, tmp_path / precision, models=["mqa"], reuse=[str(tmp_path)], precision=precision)
+        (row,) = read_results(compare(settings).parent)["rows"]
+        assert bool(row.get("reused")) == taken
+    assert capsys.readouterr().out.count(f"were computed in {there}, and those of this comparison are in {here}") == 2
+
+
 def test_a_file_that_is_no_comparison_is_refused_before_anything_trains(text, tmp_path):
     (tmp_path / "half.json").write_text('{"rows": [')
     other = "not valid JSON .*, give a results.json written by"

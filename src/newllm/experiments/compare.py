@@ -19,7 +19,7 @@ from newllm import __version__
 from newllm.data import prepare
 from newllm.data.recall import RecallDataset
 from newllm.data.reversal import ReversalTask
-from newllm.devices import machine_info, resolve_device, set_threads
+from newllm.devices import machine_info, resolve_device, resolve_precision, set_threads
 from newllm.errors import UserError
 from newllm.evaluation.efficiency import KEYS as EFFICIENCY
 from newllm.evaluation.efficiency import measure_all
@@ -33,7 +33,7 @@ from newllm.experiments.terminal import print_table, table_console
 from newllm.models import load_plugin, meta_model
 from newllm.paths import spelt_alike, user_path
 from newllm.resolution import resolve
-from newllm.settings import ExperimentSettings, LaggedSettings, RunSettings
+from newllm.settings import ExperimentSettings, LaggedSettings, Precision, RunSettings
 from newllm.training import check_loggers, check_suitability, new_model
 from newllm.training.checkpoints import (
     ERROR_FILE,
@@ -191,12 +191,21 @@ class Comparison:
         """Takes rows of the same settings and text from earlier comparisons; returns the runs that are in none of them.
 
         The text is the same where what is said of it is: its name, its tokenizer, and documents, bytes and tokens of
-        every split. Such a row says under "reused" where it comes from: time and machine are those of that comparison.
+        every split. So must be the precision, which 'auto' may have made another there: a difference to such a run
+        would in part be one of arithmetic. A row that is taken says under "reused" where it comes from: time and
+        machine are those of that comparison.
         """
+        here = resolve_precision(self.settings.precision, resolve_device(self.settings.device))
         for path, results in earlier:
+            if (there := computed_in(results)) != here:
+                self.display.say(
+                    f"{path}: its runs were computed in {there}, and those of this comparison are in {here}: with "
+                    f"--precision {there} they could be taken over"
+                )
+                continue
             origin = {"from": spelt_alike(path)} | {key: results[key] for key in ("created", "version", "machine")}
             rows = {row.get("hash"): row for row in results["rows"]} if results["data"] == self.data.info else {}
-            found = {task.index: row for task in tasks if (row := _same_run(task.run, rows)) is not None}
+            found = {task.index: row for task in tasks if (row := _same_run(task.run, rows, "auto", here)) is not None}
             if not found:
                 self.display.say(f"{path}: none of its runs has the settings and the text of this comparison")
             for task in tasks:
@@ -323,6 +332,25 @@ class Comparison:
             self.display.say(f"{self.out} holds a comparison of other runs: kept as {old.name}, with its report")
 
 
-def _same_run(run: RunSettings, rows: dict[str | None, dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of exactly this run. One of our own models is the same whether a plugin with others is loaded or not."""
-    return rows.get(run.hash()) or rows.get(dataclasses.replace(run, plugin=None).hash())
+def computed_in(results: Results) -> str:
+    """The precision of an earlier comparison's runs: 'bf16' or 'float32'. Of a GPU bf16 is assumed."""
+    settings, machine = results["settings"], results["machine"]
+    if (precision := settings.get("precision", "auto")) != "auto":
+        return str(precision)
+    on_gpu = machine.get("gpu") and settings.get("device") != "cpu"
+    return "bf16" if on_gpu or machine.get("native_bf16") else "float32"
+
+
+def _same_run(
+    run: RunSettings, rows: dict[str | None, dict[str, Any]], *precisions: Precision
+) -> dict[str, Any] | None:
+    """The row of exactly this run; `precisions` are other names that its precision may have there.
+
+    One of our own models is the same whether a plugin with others is loaded or not.
+    """
+    hashes = (
+        dataclasses.replace(run, precision=precision, plugin=plugin).hash()
+        for precision in (run.precision, *precisions)
+        for plugin in (run.plugin, None)
+    )
+    return next((rows[key] for key in hashes if key in rows), None)
