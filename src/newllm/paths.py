@@ -8,6 +8,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from newllm.errors import UserError
+
 
 def user_path(name: str) -> Path:
     """A path as it was typed, `~` and `~user` replaced; a file whose own name begins with ~ is taken as it is."""
@@ -16,6 +18,18 @@ def user_path(name: str) -> Path:
         with contextlib.suppress(RuntimeError):  # no such user
             path = path.expanduser()
     return path
+
+
+def model_folder(name: str | Path) -> Path:
+    """Where the weights and config.json of a run folder (in model/) or a model folder are.
+
+    Raises UserError where there is no config.json.
+    """
+    folder = user_path(str(name))
+    for path in (folder / "model", folder):
+        if (path / "config.json").is_file():
+            return path
+    raise UserError(f"no model in {name}: expected a run folder or one with config.json and model.safetensors")
 
 
 def spelt_alike(name: str) -> str:

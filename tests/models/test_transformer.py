@@ -53,6 +53,15 @@ def test_a_model_of_nothing_is_refused():
             TransformerLM(layers=layers)
 
 
+def test_a_model_is_found_in_a_run_folder_or_its_own_however_the_path_is_typed(monkeypatch, tmp_path):
+    create_model("pythia", **CHECK_SHAPE).save_pretrained(tmp_path / "run" / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("~/run", "~/run/model", tmp_path / "run"):
+        assert isinstance(load_model(folder), TransformerLM)
+    with pytest.raises(UserError, match=r"^no model in ~/other: expected a run folder"):
+        load_model("~/other")
+
+
 def test_an_error_that_says_nothing_is_told_too(monkeypatch, tmp_path):
     create_model("pythia", **CHECK_SHAPE).save_pretrained(tmp_path)
 

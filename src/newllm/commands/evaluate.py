@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from newllm.commands.folders import model_folder, need_folder, open_model, plugin_of, run_config
+from newllm.commands.folders import need_folder, open_model, plugin_of, run_config
 from newllm.errors import UserError, nearest
 from newllm.experiments.results import finite
+from newllm.paths import model_folder
 from newllm.resolution import resolve
 from newllm.settings import RunSettings
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from newllm.commands.flags import check_config, read_yaml
 from newllm.errors import UserError
+from newllm.paths import model_folder
 from newllm.resolution import resolve
 from newllm.settings import RunSettings
 
@@ -60,14 +61,6 @@ def need_folder(folder: Path) -> None:
     if not folder.is_dir():
         what = " is a file:" if folder.exists() else ": no such folder;"
         raise UserError(f"{folder}{what} give the folder of a trained model")
-
-
-def model_folder(folder: Path) -> Path:
-    """model/ of a run folder; any other folder itself. Raises UserError where there is no model."""
-    path = folder / "model" if (folder / "model").is_dir() else folder
-    if not (path / "config.json").is_file():
-        raise UserError(f"no model in {folder}: expected a run folder or one with config.json and model.safetensors")
-    return path
 
 
 def run_config(folder: Path | str) -> dict[str, Any]:

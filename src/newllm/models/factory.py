@@ -17,7 +17,7 @@ from newllm.models.config import LMConfig
 from newllm.models.layers.base import LAYER_TYPES, PLUGIN_PRESETS, PRESETS_FOLDER, layer_type
 from newllm.models.options import check_count
 from newllm.models.transformer import ARCHITECTURES, TransformerLM
-from newllm.paths import user_path
+from newllm.paths import model_folder, user_path
 
 
 def register_preset(name: str, layers: list[dict[str, Any]], about: str = "") -> None:
@@ -175,11 +175,7 @@ def load_model(folder: str | Path, **options: Any) -> TransformerLM:
     Raises:
         UserError: no model there, one of another kind, or a damaged file.
     """
-    path = Path(folder)
-    if (path / "model" / "config.json").is_file():
-        path = path / "model"
-    if not (path / "config.json").is_file():
-        raise UserError(f"no model in {folder}: expected a run folder or one with config.json and model.safetensors")
+    path = model_folder(folder)
     try:
         kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
         classes = {cls.config_class.model_type: cls for cls in ARCHITECTURES.values()}

@@ -12,7 +12,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from newllm.errors import UserError, first_line
 from newllm.models.factory import load_model, model_config
 from newllm.models.transformer import TransformerLM
-from newllm.paths import user_path
+from newllm.paths import model_folder
 
 # Our name → theirs, in each layer; qkv differs in its row order and is converted apart.
 _LAYER = {
@@ -70,10 +70,7 @@ def trained_folder(folder: str | Path) -> tuple[Path, dict[str, Any]]:
 
     Raises UserError where there is none, or it is of another kind than newllm's and GPT-NeoX.
     """
-    path = user_path(str(folder))
-    path = path / "model" if (path / "model" / "config.json").is_file() else path
-    if not (path / "config.json").is_file():
-        raise UserError(f"no model in {folder}: expected a run folder or one with config.json and model.safetensors")
+    path = model_folder(folder)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if config["model_type"] == "gpt_neox" or config["layer_specs"]:
