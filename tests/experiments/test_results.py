@@ -188,6 +188,18 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+def test_what_json_has_no_number_for_is_none(tmp_path, value):
+    """We write null: a file that other software has written again may have one of these."""
+    results = make_results(1)
+    results["rows"][0]["test_ppl"] = "here"
+    write_results(tmp_path, results)
+    path = tmp_path / "results.json"
+    path.write_text(path.read_text().replace('"here"', value))
+    with pytest.raises(UserError, match=r"row 0 .* has 'test_ppl' = '(nan|inf)': it must be a number"):
+        read_results(tmp_path)
+
+
 def test_missing_truncated_and_foreign_files(tmp_path):
     with pytest.raises(UserError, match=r"results\.json does not exist"):
         read_results(tmp_path)

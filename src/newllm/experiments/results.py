@@ -138,5 +138,6 @@ def _check_fields(record: Any, fields: dict[str, str], where: str) -> None:
         if key not in record:
             raise UserError(f"{where} has no '{key}'")
         value = record[key]
-        if not isinstance(value, PYTHON_TYPES[kind]) or (kind == NUMBER and isinstance(value, bool)):
+        no_number = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+        if not isinstance(value, PYTHON_TYPES[kind]) or (kind == NUMBER and no_number):
             raise UserError(f"{where} has '{key}' = {str(value)[:40]!r}: it must be {kind}")
