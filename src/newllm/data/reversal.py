@@ -174,7 +174,7 @@ class ReversalDataset(TaskDataset):
         self.seq_length, self.seed = settings.seq_length, seed
         task = ReversalTask(data)
         self.sentences = [np.array([*ids, task.eos]) for ids in task.training_sentences(settings.reversal_mode)]
-        self.pass_tokens = task.pass_tokens(settings.reversal_mode)
+        self.pass_tokens = sum(map(len, self.sentences))
         self.number, self.ids = -1, np.zeros(0, dtype=np.int64)
 
     def _tokens_of_pass(self, number: int) -> np.ndarray:

@@ -80,6 +80,11 @@ def ranked(summaries: Iterable[ModelSummary]) -> list[ModelSummary]:
     return sorted(summaries, key=lambda s: (not s.valid, s.mean(LEAD) is None, s.mean(LEAD) or 0.0))
 
 
+def competitors(summaries: Iterable[ModelSummary]) -> list[ModelSummary]:
+    """Valid models with a test perplexity, best first."""
+    return [s for s in ranked(summaries) if s.valid and s.values[LEAD.key]]
+
+
 def measured(summaries: Iterable[ModelSummary], key: str) -> list[ModelSummary]:
     """The valid models with records under a key of their rows, best perplexity first."""
     return [s for s in ranked(summaries) if s.valid and s.records(key)]

@@ -7,17 +7,12 @@ from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.report import recall, recurrence, reversal
 from newllm.experiments.report.words import capitalised, count, join
 from newllm.experiments.results import Results
-from newllm.experiments.summary import ModelSummary, decimals, measured, ranked
+from newllm.experiments.summary import ModelSummary, competitors, decimals, measured
 
 STATE = ALL_COLUMNS["state_bytes"]
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
 TRAINING = ALL_COLUMNS["train_tokens_per_second"]
 DECODING = ALL_COLUMNS["decode_ms_per_token"]
-
-
-def competitors(summaries: list[ModelSummary]) -> list[ModelSummary]:
-    """Valid models with a test perplexity, best first."""
-    return [s for s in ranked(summaries) if s.valid and s.values[LEAD.key]]
 
 
 def headline(results: Results, summaries: list[ModelSummary]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
 from newllm.experiments.figures import number
 from newllm.experiments.statistics import Estimate, estimate, paired_difference
-from newllm.experiments.summary import ModelSummary, ranked
+from newllm.experiments.summary import ModelSummary, competitors
 
 CACHE = ALL_COLUMNS["cache_bytes_per_token"]
 MAX_POINTS = 80  # of a training loss curve; more would only draw noise
@@ -59,7 +59,7 @@ def far_off(shown: list[ModelSummary]) -> dict[str, float]:
 
 def perplexity_plot(summaries: list[ModelSummary]) -> Figure | None:
     """Every seed as a dot, the mean with its interval, models from best (top) to worst."""
-    shown = [s for s in ranked(summaries) if s.valid and s.values[LEAD.key]]
+    shown = competitors(summaries)
     if not shown:
         return None
     index = {s.model: i for i, s in enumerate(summaries)}
