@@ -165,6 +165,15 @@ def test_checkpoints_that_are_all_damaged_are_one_line(text, tmp_path):
         run(settings, folder)
 
 
+def test_no_process_goes_on_before_all_have_read_the_best_weights(text, tmp_path, monkeypatch):
+    """The first one then removes the checkpoints."""
+    done, load = [], exact.load_weights
+    monkeypatch.setattr(exact, "load_weights", lambda *args: done.append("read") or load(*args))
+    monkeypatch.setattr(exact, "wait", lambda: done.append("wait"))
+    run(tiny(text, max_tokens=2 * STEP), tmp_path / "run")
+    assert done[-2:] == ["read", "wait"]
+
+
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: shutil.rmtree(file.parent), halve])
 def test_best_weights_that_are_gone_are_one_line(text, tmp_path, monkeypatch, damage):
     settings, folder = tiny(text), tmp_path / "run"

@@ -103,6 +103,7 @@ class ExactTrainer(Trainer):
                 f"{best} is damaged or gone, the best weights of this run: remove {self.folder} to train anew"
             )
         load_weights(self.model, best)
+        wait()  # the first process may remove the checkpoints now
         return state
 
     def _run(self, checkpoint: Path | None, state: TrainerState | None) -> TrainerState:
