@@ -282,6 +282,16 @@ def test_runs_of_an_earlier_comparison_are_taken_over(text, finished, tmp_path, 
     assert f"{finished / 'results.json'}: none of its runs" in capsys.readouterr().out, "the first had them all"
 
 
+def test_what_was_taken_over_is_kept_without_saying_again_from_where(text, finished, tmp_path, monkeypatch):
+    """As by the command that the report prints."""
+    settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(finished)])
+    before = read_results(compare(settings).parent)["rows"]
+    monkeypatch.setattr(run, "train", lambda *arguments: pytest.fail("it was trained"))
+    assert main(shlex.split(command_line(resolve(settings)))[1:]) == 0
+    assert read_results(tmp_path / "out")["rows"] == before
+    assert before[0]["reused"]["from"] == "out"
+
+
 def test_how_states_are_trained_is_nothing_to_a_model_without_one(text, finished, tmp_path):
     """And everything to one with a state, whose runs are others then."""
     models, out = ["pythia", "continuous_fuse"], tmp_path / "one_pass"

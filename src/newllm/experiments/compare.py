@@ -71,7 +71,7 @@ def compare(settings: ExperimentSettings) -> Path:
     make_folder(out)
     refuse_other_folder(out)
     console = table_console()
-    earlier = [(path, read_results(user_path(path))) for path in settings.reuse]
+    earlier = [(path, read_results(user_path(path))) for path in settings.reuse] + taken_before(out)
     runs = planned_runs(settings)
     with lock(out), Display(console, len(runs)) as display:
         data = prepare(settings, display.say)
@@ -123,6 +123,16 @@ def refuse_other_folder(out: Path) -> None:
     for path in shown_files(out):
         if path.is_dir():
             raise UserError(f"--out {out}: {path.name} is a folder there: choose another folder")
+
+
+def taken_before(out: Path) -> list[tuple[str, Results]]:
+    """What this folder has taken over from elsewhere: such rows have no run folder here, and are kept like the others,
+    also by a command that no longer says where they came from."""
+    if not (out / FILE_NAME).is_file():
+        return []
+    results = read_results(out)
+    rows = [row for row in results["rows"] if row.get("reused")]
+    return [(str(out), results | {"rows": rows})] if rows else []
 
 
 def shown_files(out: Path) -> list[Path]:
@@ -191,12 +201,14 @@ class Comparison:
         """Takes rows of the same settings and text from earlier comparisons; returns the runs that are in none of them.
 
         The text is the same where what is said of it is: its name, its tokenizer, and documents, bytes and tokens of
-        every split. So must be the precision, which 'auto' may have made another there: a difference to such a run
-        would in part be one of arithmetic. A row that is taken says under "reused" where it comes from: time and
+        every split. The precision must be the same too, which 'auto' may have made another there: a difference to such
+        a run would in part be one of arithmetic. A row that is taken says under "reused" where it comes from: time and
         machine are those of that comparison.
         """
         here = resolve_precision(self.settings.precision, resolve_device(self.settings.device))
         for path, results in earlier:
+            if not tasks:
+                break
             if (there := computed_in(results)) != here:
                 self.display.say(
                     f"{path}: its runs were computed in {there}, and those of this comparison are in {here}: with "
@@ -206,7 +218,7 @@ class Comparison:
             origin = {"from": spelt_alike(path)} | {key: results[key] for key in ("created", "version", "machine")}
             rows = {row.get("hash"): row for row in results["rows"]} if results["data"] == self.data.info else {}
             found = {task.index: row for task in tasks if (row := _same_run(task.run, rows, "auto", here)) is not None}
-            if not found:
+            if not found and path in self.settings.reuse:  # and not what this folder has taken over before
                 self.display.say(f"{path}: none of its runs has the settings and the text of this comparison")
             for task in tasks:
                 if (row := found.get(task.index)) is not None:
