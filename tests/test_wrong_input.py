@@ -387,6 +387,13 @@ CASES = {
         ],
         "another split holds out what it has read: leave it as it was, or give other text with --data",
     ),
+    "start from the weights of a run on another split of its text": (
+        lambda p: [
+            *["compare", "--data", p.texts(), "--test-share", "0.5"],
+            *["--start-from", f"{p.run_of(f'data: {p.texts()}')}/model"],
+        ],
+        "another split holds out what it has read: leave it as it was, or give other text with --data",
+    ),
     "empty prompt": (["generate", "gqa", "--prompt", ""], "the prompt is empty"),
     "prompt not UTF-8": (["generate", "gqa"], "standard input is not UTF-8"),
     "negative temperature": (["generate", "gqa", "--prompt", "a", "--temperature", "-1"], "--temperature is -1.0"),

@@ -7,6 +7,7 @@ ends the others. In a single process nothing here does anything.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     from accelerate import PartialState
 
-    PartialState(cpu=device.type == "cpu")
+    # The others wait while the first reads its data or validates, however long that takes.
+    PartialState(cpu=device.type == "cpu", timeout=datetime.timedelta(days=7))
     try:
         yield
     finally:

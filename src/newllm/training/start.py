@@ -59,7 +59,10 @@ def check_start(settings: CommonSettings) -> None:
 
 def check_split(folder: str | Path, settings: CommonSettings) -> None:
     """Raises UserError where the text of a run is to be split otherwise than it was: into what it was trained on."""
-    config = user_path(str(folder)) / "config.yaml"
+    run_folder = user_path(str(folder)).resolve()
+    if run_folder.name == "model" and not (run_folder / "config.yaml").is_file():  # the weights within a run folder
+        run_folder = run_folder.parent
+    config = run_folder / "config.yaml"
     if not config.is_file() or settings.data == "shakespeare":  # whose split is fixed
         return
     try:
