@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from newllm.training.checkpoints import write_whole
+
 COLORS = ("#1c1d1f", "#0b3aa5", "#a94d0f", "#137058", "#bd4d96", "#b68607", "#1c9bd6")
 LAYOUT = {
     "template": "plotly_white",
@@ -25,4 +27,4 @@ def write_page(figure: Any, path: Path) -> None:
 
     drawn = "document.body.dataset.drawn = 'yes'"
     page = to_html(figure, config={"displayModeBar": False}, full_html=True, post_script=drawn)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from newllm.errors import first_line
 from newllm.evaluation.contract import CHECKS, Subject
 from newllm.evaluation.reading import as_measured
 from newllm.models.factory import create_model
@@ -78,8 +79,7 @@ def _run(subject: Subject, names: Iterable[str], precision: Precision) -> list[C
             try:
                 passed, detail = check(subject)
             except Exception as error:  # a user's layer may raise anything: that is a finding too
-                first_line = (str(error).splitlines() or ["no message"])[0]
-                passed, detail = False, f"raised {type(error).__name__}: {first_line}"
+                passed, detail = False, f"raised {type(error).__name__}: {first_line(error)}"
             results[name] = CheckResult(name, passed, detail)
     return list(results.values())
 

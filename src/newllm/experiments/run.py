@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from newllm.errors import UserError
+from newllm.errors import UserError, first_line
 from newllm.experiments.rows import make_row
 from newllm.settings import RunSettings
 from newllm.training import train
@@ -75,5 +75,5 @@ def with_details(line: str, folder: Path) -> str:
 
 def error_line(error: Exception) -> str:
     """What the results say of a failed run."""
-    line = (str(error).splitlines() or ["no message"])[0]
+    line = first_line(error)
     return line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}"

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from newllm.errors import UserError, flag
+from newllm.errors import UserError, first_line, flag
 from newllm.resolution import fits
 from newllm.vintix.environments import SPLITS, TaskFamily, from_spec
 from newllm.vintix.settings import CollectSettings
@@ -48,7 +48,7 @@ def read_family(metadata: dict[str, Any], where: object, advice: str) -> TaskFam
     except UserError:
         raise
     except (ArithmeticError, AttributeError, ImportError, LookupError, MemoryError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{where}: broken: no environment can be made of family.options ({reason}); {advice}") from None
     told = [task["parameters"] for split in SPLITS for task in metadata["tasks"][split]]
     if told != [dict(zip(family.parameter_names, row, strict=True)) for row in family.parameters.tolist()]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 import newllm
+from newllm.training.checkpoints import write_whole
 from newllm.vintix.evaluate import EVALUATION_FILE
 from newllm.vintix.report_frames import picture
 
@@ -56,7 +57,7 @@ def write_report(folder: Path) -> Path:
     )
     template = environment.from_string((HERE / "report.html").read_text(encoding="utf-8"))
     path = folder / "report.html"
-    path.write_text(template.render(report_context(results)), encoding="utf-8")
+    write_whole(path, template.render(report_context(results)))
     return path
 
 

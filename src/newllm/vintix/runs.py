@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 
-from newllm.errors import UserError, flag
+from newllm.errors import UserError, first_line, flag
 from newllm.resolution import fits
 from newllm.training.checkpoints import read_result
 from newllm.vintix.data import DATA_FILE
@@ -101,7 +101,7 @@ def _read_run(folder: Path, result: dict[str, Any]) -> Run:
         data = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
         curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise _damaged(folder, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise _damaged(folder, f"{type(error).__name__}: {first_line(error)}") from error
     settings = get_type_hints(VintixRun)
     if not isinstance(config, dict) or config.keys() != settings.keys():
         raise _damaged(folder, "config.yaml does not hold all settings")
@@ -125,7 +125,7 @@ def load_weights(run: Run) -> VintixModel:
     try:
         return VintixModel.from_pretrained(run.folder / "model")
     except Exception as error:  # safetensors and transformers raise many kinds
-        raise _damaged(run.folder, f"model: {str(error).splitlines()[0]}") from error
+        raise _damaged(run.folder, f"model: {first_line(error)}") from error
 
 
 def _damaged(folder: Path, what: str) -> UserError:
