@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ CACHE, STATE = ALL_COLUMNS["cache_bytes_per_token"], ALL_COLUMNS["state_bytes"]
 REPEATED, DECODING = ALL_COLUMNS["recall.repeated"], ALL_COLUMNS["decode_ms_per_token"]
 # Attention to everything, which every cache is measured against: the same model in two classes, as fast as each other.
 REFERENCES = ("pythia", "discrete")
+WORST = 2.0  # times the reference's perplexity; a model worse than that is no choice, however small its cache
 FIRST_PHASES = ("reconstruction", "projection")
 
 
@@ -124,6 +126,7 @@ def together(comparisons: list[Comparison]) -> Group | None:
     if reference is None:
         return None
     summaries = summarise({"rows": list(rows.values()), "baseline": reference})
+    worth = next(summary.mean(LEAD) for summary in summaries if summary.model == reference) or math.inf
     context = comparisons[0].results["settings"]["decode_context"]
     speeds = relative_speeds(comparisons)
     choices = []
@@ -133,6 +136,8 @@ def together(comparisons: list[Comparison]) -> Group | None:
             left_out.append(f"`{summary.model}`: INVALID, it fails a check without which its figures mean nothing")
         elif summary.values[LEAD.key] is None:
             left_out.append(f"`{summary.model}`: its perplexity is not a finite number")
+        elif (ppl := summary.mean(LEAD)) is not None and ppl > WORST * worth:
+            left_out.append(f"`{summary.model}`: perplexity {ppl:,.0f}, more than {WORST:g} times `{reference}`'s")
         elif per_token is None or state is None:
             left_out.append(f"`{summary.model}`: bytes of cache were not measured")
         else:
