@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_runs import SHAPE, STEP, WINDOWS, metrics
 
 from newllm.cli import main
+from newllm.training.ranks import is_first
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -97,6 +98,12 @@ def test_killed_and_started_again_it_ends_bit_for_bit_as_it_would_have(text, run
     assert code == 0, printed
     weights = [load_file(run / "model" / "model.safetensors") for run in (whole, folder)]
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+
+
+def test_a_rank_that_something_else_has_left_in_the_environment_is_none(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert is_first()
 
 
 @pytest.mark.parametrize(

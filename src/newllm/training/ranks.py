@@ -28,7 +28,7 @@ def world_size() -> int:
 
 def is_first() -> bool:
     """Whether this process writes the files; in a run of one process it does."""
-    return os.environ.get("RANK", "0") == "0"
+    return world_size() == 1 or os.environ["RANK"] == "0"
 
 
 @contextlib.contextmanager
