@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_runs import SHAPE, STEP, WINDOWS, metrics
 
 from newllm.cli import main
-from newllm.training.ranks import is_first
+from newllm.training.ranks import is_first, world_size
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -127,3 +127,32 @@ def test_what_needs_one_process_is_told_before_anything_starts(arguments, words,
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment: torchrun makes it a whole number from 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"RANK": "first"}, "RANK is 'first' in the environment: torchrun makes it a whole number from 0"),
+        ({"RANK": None}, "RANK is ''"),
+        ({"RANK": "2"}, "RANK is 2 in the environment, WORLD_SIZE 2: it must be less"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is ''"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT is '-1'"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not in the environment: start with torchrun, or unset WORLD_SIZE"),
+    ],
+)
+def test_an_environment_that_no_launcher_has_made_is_told_in_one_line(changes, words, monkeypatch, capsys, tmp_path):
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (launched | changes).items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_an_empty_number_of_processes_is_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert world_size() == 1

@@ -88,7 +88,7 @@ def _dispatch(argv: list[str]) -> int:
     if first == "--version":
         print(f"newllm {__version__}")
         return 0
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1" and first != "train":
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1" and first != "train":
         raise UserError(f"{first} works in one process, WORLD_SIZE is {processes}: torchrun is for newllm train")
     if first in COMMANDS:
         return COMMANDS[first](argv[1:])

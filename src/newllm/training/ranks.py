@@ -16,32 +16,50 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
+from newllm.errors import UserError
 from newllm.training.locks import lock
 
 T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes train together. Raises UserError where the environment does not say a number."""
+    return _told("WORLD_SIZE", least=1) if os.environ.get("WORLD_SIZE") else 1
 
 
 def is_first() -> bool:
     """Whether this process writes the files; in a run of one process it does."""
-    return world_size() == 1 or os.environ["RANK"] == "0"
+    return world_size() == 1 or _told("RANK") == 0
+
+
+def _told(name: str, least: int = 0) -> int:
+    """What torchrun tells a process by this variable of its environment."""
+    text = os.environ.get(name, "")
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    raise UserError(
+        f"{name} is '{text}' in the environment: torchrun makes it a whole number from {least}; "
+        "start with torchrun, or unset WORLD_SIZE to train in one process"
+    )
 
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Connects the processes of a run, over gloo on CPUs and NCCL on GPUs, one of which each process gets.
 
-    Within a block of its own kind it does nothing.
+    Within a block of its own kind it does nothing. Raises UserError where the environment does not say who is who.
     """
     if world_size() == 1 or distributed.is_initialized():
         yield
         return
     from accelerate import PartialState
 
+    if _told("RANK") >= world_size():
+        raise UserError(f"RANK is {os.environ['RANK']} in the environment, WORLD_SIZE {world_size()}: it must be less")
+    _told("LOCAL_RANK")
+    _told("MASTER_PORT", least=1)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR is not in the environment: start with torchrun, or unset WORLD_SIZE")
     # The others wait while the first reads its data or validates, however long that takes.
     PartialState(cpu=device.type == "cpu", timeout=datetime.timedelta(days=7))
     try:
