@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from newllm.errors import UserError
 from newllm.evaluation import cache_bytes
@@ -226,6 +227,47 @@ def test_a_static_cache_is_refused_in_one_line(name):
     model, ids = create_model(name, **CHECK_SHAPE).eval(), torch.randint(61, (2, 5))
     with pytest.raises(UserError, match=r"^a static cache cannot hold this model's states: leave .* out$"):
         model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static")
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "options"),
+    [
+        ("pythia", "gqa", {}),
+        ("pythia", "pythia", {"num_layers": 3}),
+        ("pythia", "pythia", {"hidden_size": 32}),
+        ("infini", "pythia", {}),
+        ("discrete", "continuous", {}),
+        ("discrete_extra", "discrete_extra_3", {}),
+        ("context", "context", {"hidden_size": 32}),
+    ],
+)
+def test_a_cache_of_another_model_is_refused_in_one_line(name, other, options):
+    ids = torch.randint(61, (2, 5))
+    cache = create_model(other, **CHECK_SHAPE | options).eval()(ids, use_cache=True).past_key_values
+    with pytest.raises(UserError, match=r"^past_key_values belongs to a model of other layers: pass None, or .*$"):
+        create_model(name, **CHECK_SHAPE).eval()(ids, past_key_values=cache)
+
+
+def test_a_cache_that_a_model_of_hugging_face_has_filled_is_refused_in_one_line():
+    theirs = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=61, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    )
+    ids = torch.randint(61, (2, 5))
+    cache = theirs.eval()(ids, use_cache=True).past_key_values
+    with pytest.raises(UserError, match=r"^past_key_values belongs to a model of other layers"):
+        create_model("pythia", **CHECK_SHAPE).eval()(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_cache_goes_on_with_an_equal_model_but_not_with_other_rows(name):
+    model, ids = create_model(name, **CHECK_SHAPE).eval(), torch.randint(61, (2, 5))
+    twin = create_model(name, **CHECK_SHAPE).eval()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        cache = model(ids[:, :3], use_cache=True).past_key_values
+        with pytest.raises(UserError, match=r"^past_key_values has read 2 rows: it cannot go on with 3$"):
+            model(torch.randint(61, (3, 1)), past_key_values=cache)
+        torch.testing.assert_close(twin(ids[:, 3:], past_key_values=cache).logits, model(ids).logits[:, 3:])
 
 
 @pytest.mark.parametrize(

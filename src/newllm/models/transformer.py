@@ -97,8 +97,14 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         """
         states = [layer.make_state() for layer in self.layers]  # type: ignore[operator]
         cache = LMCache(states, self.config.cache_precision if precision is None else precision)
+        cache.made_for = self._kind_of_states
         self._start_from_memory(cache)
         return cache
+
+    @property
+    def _kind_of_states(self) -> Any:
+        """Equal for models whose caches can take each other's place."""
+        return type(self), self.config.layer_specs, self.state_size, getattr(self, "num_passes", 1)
 
     def hidden_states(
         self,
@@ -195,7 +201,7 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for a gradient outside training, if the configuration quantises the caches.
             UserError: update_memory in training, with past_key_values, or without a layer that has a memory; an
-                attention_mask of another shape; a cache of a fixed size.
+                attention_mask of another shape; a cache of a fixed size, of another model, or of other rows.
         """
         if update_memory:
             self._check_can_update(cached=past_key_values is not None)
@@ -203,7 +209,8 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         if past_key_values is None and use_cache and not (self.training and labels is not None):
             past_key_values = self.make_cache()
         if past_key_values is not None:
-            past_key_values = adopt(past_key_values, self.make_cache)
+            rows = len(inputs_embeds if input_ids is None else input_ids)  # type: ignore[arg-type]
+            past_key_values = adopt(past_key_values, self.make_cache, self._kind_of_states, rows)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         if update_memory:
             assert past_key_values is not None

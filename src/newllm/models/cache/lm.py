@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache
@@ -15,6 +16,8 @@ class LMCache(Cache):
     """The states of all layers of one model, those that grow with the text stored at one precision."""
 
     layers: list[LayerState]  # type: ignore[assignment]
+    made_for: Any = None
+    """What tells the states of the model for which it was made from those of others."""
 
     def __init__(self, layers: Iterable[LayerState], precision: str = "model") -> None:
         super().__init__(layers=list(layers))
@@ -57,16 +60,27 @@ class LMCache(Cache):
             state.restore(parts[str(n)])
 
 
-def adopt(cache: Cache, make_cache: Callable[[], LMCache]) -> Cache:
+def adopt(cache: Cache, make_cache: Callable[[], LMCache], made_for: Any, rows: int) -> Cache:
     """Gives an empty cache, such as the DynamicCache that `generate` makes, the states this model needs.
 
-    Raises ValueError for a cache of a fixed size, or one that another kind of model has already filled.
+    made_for: that of the model's own caches; rows: of the tokens that are to be read.
+
+    Raises UserError for a cache of a fixed size, one that another model has filled, or one of other rows.
     """
     if isinstance(cache, StaticCache):
         raise UserError("a static cache cannot hold this model's states: leave cache_implementation out")
-    if all(isinstance(state, LayerState) for state in cache.layers) and cache.layers:
-        return cache
-    if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
-        raise ValueError("past_key_values was filled by another model: pass None or model.make_cache()")
-    cache.layers = make_cache().layers  # type: ignore[assignment]
+    if cache.layers and all(isinstance(state, LayerState) for state in cache.layers):
+        others = getattr(cache, "made_for", None) not in (None, made_for)
+    else:
+        others = any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+        if not others:
+            cache.layers, cache.made_for = make_cache().layers, made_for  # type: ignore[assignment, attr-defined]
+    if others:
+        raise UserError(
+            "past_key_values belongs to a model of other layers: pass None, or what make_cache() of this model gives"
+        )
+    if cache.get_seq_length():
+        tensors = cache.layers[0].tensors().values()  # type: ignore[union-attr]
+        if read := {len(tensor) for tensor in tensors} - {rows}:
+            raise UserError(f"past_key_values has read {max(read)} rows: it cannot go on with {rows}")
     return cache
