@@ -3,9 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -131,6 +133,12 @@ def test_a_printed_config_gives_the_same_config_again(scale, tmp_path, capsys):
 
 def test_where_the_config_is_printed_nothing_begins(capsys):
     assert printed_config(["memory", "show", "no_such.memory", "--threads", "3"], capsys)["threads"] == 3
+
+
+def test_a_config_may_come_from_a_pipe(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=("lr: 0.5",)).start()
+    assert printed_config(["compare", "--config", str(tmp_path / "pipe")], capsys)["lr"] == 0.5
 
 
 def test_flags_beat_the_config_wherever_they_stand(tmp_path, capsys):

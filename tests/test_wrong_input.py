@@ -46,6 +46,10 @@ class Place:
     def config(self, content: str | bytes) -> list[str]:
         return ["compare", "--config", self.file("my.yaml", content)]
 
+    def pipe(self, name: str) -> str:
+        os.mkfifo(self.folder / name)
+        return str(self.folder / name)
+
     def data(self, name: str, content: str | bytes) -> list[str]:
         return ["data", "prepare", "--data", self.file(name, content)]
 
@@ -221,6 +225,10 @@ CASES = {
         "no file in this folder ends in .txt",
     ),
     "unknown kind of file": (lambda p: p.data("letter.docx", "x"), "cannot read this kind of file; supported: .txt"),
+    "pipe for a text": (
+        lambda p: ["data", "prepare", "--data", p.pipe("a.txt")],
+        "a.txt is a pipe or a device, which cannot be read twice: make it a file",
+    ),
     "bad line": (lambda p: p.data("a.jsonl", '{"text": "a"}\n{"text": \n'), "a.jsonl, line 2: not valid JSON"),
     "5,000 digits in JSON": (lambda p: p.data("a.jsonl", f'{{"n": {"9" * 5000}}}'), "a.jsonl, line 1: not readable as"),
     "deep JSON": (lambda p: p.data("a.jsonl", "[" * 100_000), "a.jsonl, line 1: not readable as JSON: maximum"),
@@ -243,6 +251,14 @@ CASES = {
     "folder without tokenizer": (
         lambda p: ["data", "prepare", "--data", p.texts(), "--tokenizer", p.empty_folder("none")],
         "this folder holds no tokenizer",
+    ),
+    "file in place of a tokenizer": (
+        lambda p: ["data", "prepare", "--data", p.texts(), "--tokenizer", p.file("tokenizer.json", "{}")],
+        "tokenizer.json is a file: give a folder as save_pretrained writes it, a name or bpe",
+    ),
+    "pipe for a tokenizer": (
+        lambda p: ["data", "prepare", "--data", p.texts(), "--tokenizer", p.pipe("tokenizer")],
+        "tokenizer is a file: give a folder",
     ),
     "vocabulary too small": (lambda p: ["data", "prepare", "--vocab-size", "100"], "--vocab-size is 100"),
     "vocabulary too large": (["data", "prepare", "--vocab-size", "9999999"], "--vocab-size is 9999999: it must be at"),
@@ -347,6 +363,7 @@ CASES = {
         "the training loss is nan",
     ),
     "benchmark without steps": (["bench", "train", "--steps", "0"], "--steps is 0"),
+    "benchmark with nothing to predict": (["bench", "train", "--seq-lengths", "9", "1"], "--seq-lengths is [9, 1]: a"),
     "seed of a benchmark": (["bench", "lagged", "--seeds", "-1"], "--seeds is [-1]: a seed is a whole number from 0"),
     "benchmark of an unknown model": (["bench", "decode", "--models", "pythai"], "did you mean 'pythia'?"),
     # training and generation

@@ -129,6 +129,12 @@ class TrainBench(BenchSettings):
     precision: Precision = "auto"
     """'auto' is bf16 autocast where the device computes it natively, else float32."""
 
+    def check(self) -> None:
+        """Also for windows in which nothing is to be predicted."""
+        super().check()
+        if min(self.seq_lengths) < 2:
+            raise UserError(f"--seq-lengths is {self.seq_lengths}: a window must have at least 2 tokens")
+
 
 @dataclass(kw_only=True)
 class DecodeBench(BenchSettings):

@@ -247,7 +247,7 @@ def config_help(configs: Path = CONFIGS_FOLDER) -> str:
 def read_config(name: str, cls: type, configs: Path = CONFIGS_FOLDER) -> dict[str, Any]:
     """The checked values of a config file, given by path or by its name in the folder of named ones."""
     path = configs / f"{name}.yaml" if name in config_names(configs) else user_path(name)
-    if not path.is_file():
+    if path.is_dir() or not path.exists():  # a pipe, as of `--config <(…)`, can be read
         if path.suffix or path.name != name:
             raise UserError(f"--config {name}: {'a folder: give a YAML file' if path.is_dir() else 'no such file'}")
         raise nearest(name, config_names(configs), "config", "(or give the path of a YAML file)")

@@ -110,6 +110,8 @@ def _local(data: str, text_field: str) -> Corpus:
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{data}: cannot read this kind of file; supported: {', '.join(SUFFIXES)}")
         files = [path]
+    elif path.exists():  # as of `--data <(zcat texts.gz)`
+        raise UserError(f"{data} is a pipe or a device, which cannot be read twice: make it a file")
     elif path.name.endswith(SUFFIXES) or path.name != data:
         raise UserError(f"{data}: no such file or folder")
     else:

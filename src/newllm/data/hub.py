@@ -70,13 +70,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A ready tokenizer: from a folder, from the local cache of the hub, or from the hub.
 
     Raises:
-        UserError: no network, no such tokenizer, or a folder that holds none.
+        UserError: no network, no such tokenizer, a folder that holds none, or a file.
     """
     from transformers import AutoTokenizer
 
     folder = local_folder(name)
     if folder is not None and not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{name}: this folder holds no tokenizer (tokenizer_config.json, as save_pretrained writes it)")
+    if folder is None and user_path(name).exists():
+        raise UserError(f"--tokenizer {name} is a file: give a folder as save_pretrained writes it, a name or bpe")
     if folder is not None:
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
