@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from newllm.data import hub
-from newllm.errors import UserError, nearest
+from newllm.errors import UserError, first_line, nearest
 from newllm.paths import user_path
 from newllm.settings import HUB, DataSettings, corpus_name
 
@@ -199,7 +199,7 @@ def _read_jsonl(lines: Iterable[bytes], path: Path, title: str, text_field: str)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise UserError(f"{where}: not readable as JSON: {hub.first_line(error)}") from error
+            raise UserError(f"{where}: not readable as JSON: {first_line(error)}") from error
         yield Document(f"{title}:{number}", _text_of(row, text_field, where))
 
 
@@ -242,4 +242,4 @@ def _read_parquet(path: Path, title: str, text_field: str) -> Iterator[Document]
             for row, index in zip(batch.to_pylist(), number, strict=False):
                 yield Document(f"{title}:{index}", _text_of(row, text_field, f"{path}, row {index}"))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {hub.first_line(error)}") from error
+        raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from error

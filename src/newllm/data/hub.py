@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from newllm.errors import UserError
+from newllm.errors import UserError, first_line
 from newllm.paths import user_path
 
 if TYPE_CHECKING:
@@ -93,7 +93,3 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"the model '{name}' on the hub has no usable tokenizer: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
