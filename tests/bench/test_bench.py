@@ -26,7 +26,7 @@ from newllm.models import create_model
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "vocab_size": 96}
 MODELS = ["pythia", "mqa:window=9", "pythia:cache_precision=int8"]
-SUBJECTS = [{"model": m} for m in [*MODELS, "infini_all:segment_length=5"]]
+SUBJECTS = [{"model": m} for m in [*MODELS, "infini_all:segment_length=5", "infini_adapter:segment_length=5"]]
 SUBJECTS += [{"rival": r, "max_positions": 64, "kv_lora_rank": 16} for r in NAMES]
 
 

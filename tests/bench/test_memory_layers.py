@@ -79,7 +79,8 @@ def test_the_cumulative_sum_needs_the_memory_that_the_settings_reckon_with():
 
 
 @pytest.mark.parametrize(
-    "model", ["infini_all", "infini_all:local=linear", "multi_memory:window=5", "sliding_window:window=4"]
+    "model",
+    ["infini_all", "infini_all:local=linear", "multi_memory:window=5", "sliding_window:window=4", "infini_adapter"],
 )
 def test_a_stream_remembers_in_as_many_bytes_as_reading_gives(model):
     model = create_model(model, **SHAPE).eval()

@@ -10,7 +10,7 @@ from newllm.evaluation.cache_precision import cache_cost, compare_precisions
 from newllm.evaluation.perplexity import evaluate, token_weighted_loss
 from newllm.models import TransformerLM, create_model
 from newllm.models.cache import PRECISIONS, RecurrentState
-from newllm.models.layers import Layer, PythiaLayer
+from newllm.models.layers import Layer, MemoryAdapterLayer, PythiaLayer
 from newllm.settings import RunSettings
 
 SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "vocab_size": 50}
@@ -84,6 +84,7 @@ class Halves(Layer):
     [
         (lambda: [Halves(64), PythiaLayer(64, 2, 64)], ["float32", "int8", "uint8"]),
         (lambda: [Halves(64, False), PythiaLayer(64, 2, 64)], ["float32", "int8", "uint8"]),
+        (lambda: [MemoryAdapterLayer(64, 2, 64)], ["float32", "int8", "uint8"]),
         (lambda: [Halves(64, False), Halves(64)], ["float16"] * 3),
         (lambda: [Halves(64, False)], ["float32"] * 3),
     ],

@@ -33,20 +33,20 @@ class Stream:
         """Goes on until `tokens` tokens are read."""
         while self.tokens < tokens:
             count = min(self.chunk, tokens - self.tokens)
-            if not all(isinstance(state, TokenState) for state in self.cache.layers):
+            if not all(isinstance(state, TokenState) for state in self.cache.parts()):
                 self._forward(self.cache, count)
                 self.empty()
             self.tokens += count
 
     def fill(self) -> None:
         """Gives the states that grow as many tokens as have been read."""
-        for state, sample in zip(self.cache.layers, self.sample.layers, strict=True):
+        for state, sample in zip(self.cache.parts(), self.sample.parts(), strict=True):
             if isinstance(state, TokenState):
                 fill(state, sample, 1, self.tokens)
 
     def empty(self) -> None:
         """Empties the states that grow."""
-        for state in self.cache.layers:
+        for state in self.cache.parts():
             if isinstance(state, TokenState):
                 state.reset()
 
@@ -62,7 +62,8 @@ class Stream:
 
 
 def fill(state: LayerState, sample: LayerState, rows: int, tokens: int) -> None:
-    """Makes an empty state one of `tokens` tokens in `rows` rows out of a sample, one that has read a few in one row.
+    """Makes an empty state, itself no combination of several, one of `tokens` tokens in `rows` rows out of a sample,
+    one that has read a few in one row.
 
     What a state keeps of single tokens is appended again and again. One of fixed size is taken as it is.
     """

@@ -157,7 +157,7 @@ class BenchWork(LayerWork):
             # At the model's precision, since what is appended to a quantised cache is what the layers computed.
             read, self.cache = self.model.make_cache(precision="model"), self.model.make_cache()  # type: ignore[operator]
             self.model(input_ids=ids, past_key_values=read, logits_to_keep=1)
-            for state, sample in zip(self.cache.layers, read.layers, strict=True):
+            for state, sample in zip(self.cache.parts(), read.parts(), strict=True):
                 fill(state, sample, rows, context)
         else:
             read = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values

@@ -53,7 +53,7 @@ def cache_cost(model: TransformerLM, tokens: TokenFile, settings: CommonSettings
         measured[length] = cache_bytes(cache)._asdict()
     figures = cache_figures(measured)
     # A recurrent state is stored as it is computed: the precision shows in the states that grow, where there are any.
-    growing_first = sorted(cache.layers, key=lambda state: not isinstance(state, TokenState))
+    growing_first = sorted(cache.parts(), key=lambda state: not isinstance(state, TokenState))
     dtypes = [
         tensor.dtype
         for state in growing_first

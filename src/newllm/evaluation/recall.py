@@ -13,7 +13,7 @@ If recall then falls to chance, it was the memories that answered.
 from __future__ import annotations
 
 import math
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,7 +142,7 @@ def has_memories(model: TransformerLM, segment: int) -> bool:
 def knock_out(cache: LMCache, name: str, windows: list[RecallWindow]) -> None:
     """Takes away the memories of a cache that has read these windows, one a row: 'zeroed' or 'swapped'."""
     source = another_row(windows)
-    for state in chain.from_iterable(state.parts() for state in cache.layers):
+    for state in cache.parts():
         if isinstance(state, MemoryState):
             memory = state.memory()
             for key, tensor in memory.items():

@@ -24,6 +24,10 @@ class LMCache(Cache):
         for state in self.layers:
             state.precision = check_precision(precision)
 
+    def parts(self) -> list[LayerState]:
+        """The states of all layers, those that are made of several taken apart."""
+        return [part for state in self.layers for part in state.parts()]
+
     def reset(self) -> None:
         """All rows start a new document, as by `reset_rows`."""
         super().reset()
