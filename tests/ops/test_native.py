@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from newllm.models.linear import Linear
 from newllm.ops import attention, native, reference
 from newllm.ops.linear import FEW_ROWS, linear
+from newllm.ops.quantize import BITS, Quantized, quantize
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 NATIVE_FLAGS = native.FLAGS
@@ -204,6 +205,46 @@ def test_attention_equals_its_naive_twin(kernels, case, dtype, slopes, masked, w
     assert error(found, expected) < TOLERANCE[dtype] * 3
 
 
+@given(
+    case=cases(),
+    bits=st.sampled_from(list(BITS.values())),
+    dtype=st.sampled_from(native.DTYPES),
+    masked=st.booleans(),
+    window=st.sampled_from([None, 1, 70]),
+    seed=st.integers(0, 9),
+)
+def test_attention_to_codes_equals_that_to_their_numbers(kernels, case, bits, dtype, masked, window, seed):
+    (H, Hk, S, d, dv), B = case, 2
+    torch.manual_seed(seed)
+    q, slopes = torch.randn(B, H, 1, d).to(dtype), torch.rand(H)
+    # Views of longer buffers; what stands behind them is not to be read.
+    k, v = (
+        Quantized(*(x[:, :, :S] for x in quantize(torch.randn(B, Hk, S + 3, size), bits)), bits, size)
+        for size in (d, dv)
+    )
+    mask = torch.rand(B, S) < 0.5 if masked else None
+    with torch.no_grad():
+        assert native.reads(q, k, v)
+        found = attention.causal_attention(q, k, v, slopes=slopes, mask=mask, window=window)
+    numbers = (x.numbers(torch.float64) for x in (k, v))
+    assert found.dtype == dtype
+    assert error(found, attention._direct(q.double(), *numbers, slopes, window, mask, None)) < TOLERANCE[dtype] * 3
+
+
+def test_codes_are_made_numbers_where_the_kernel_cannot_read_them(monkeypatch):
+    """Several queries, other devices, no compiler: the same attention; and a latent, key and value at once, once."""
+    torch.manual_seed(0)
+    latent = Quantized(*quantize(torch.randn(2, 1, 20, 24), 8), 8, 24)
+    made, numbers = [], Quantized.numbers
+    monkeypatch.setattr(Quantized, "numbers", lambda self, dtype: made.append(1) or numbers(self, dtype))
+    for queries in (1, 3, 15):
+        q = torch.randn(2, 4, queries, 24)
+        found = attention.causal_attention(q, latent, latent)  # gradients are wanted: no kernel
+        whole = numbers(latent, q.dtype)
+        torch.testing.assert_close(found, attention.causal_attention(q, whole, whole))
+    assert len(made) == 3
+
+
 def test_attention_of_a_few_equals_the_reference(kernels):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, length, 16) for heads, length in ((4, 1), (2, 9), (2, 9)))
@@ -239,6 +280,11 @@ def test_nan_and_infinity_are_not_lost(kernels, dtype):
         for value in (torch.nan, torch.inf):
             assert not layer(torch.full_like(x, value)).isfinite().any()
             assert not attention.causal_attention(torch.full((1, 2, 1, 40), value, dtype=dtype), k, k).isfinite().any()
+        spoilt = torch.randn(1, 1, 9, 40)
+        spoilt[0, 0, 4, 7] = torch.nan
+        codes = Quantized(*quantize(spoilt, 8), 8, 40)
+        whole = attention.causal_attention(torch.zeros(1, 2, 1, 40, dtype=dtype), codes, codes)
+        assert whole[..., :32].isnan().all()
         # Scores far apart: the largest alone counts.
         q = torch.zeros(1, 1, 1, 40, dtype=dtype)
         q[..., 0], k[..., 0] = 1e4, torch.arange(80) / 64

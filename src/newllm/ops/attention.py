@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from newllm.ops import blocked_attention, native
+from newllm.ops.quantize import Quantized
 
 # Queries of one block of the parallel form: skips keys that no query of it can see, and bounds the additive mask to
 # BLOCK · S numbers, for every head where slopes are geometric, and for every row where there is padding.
@@ -20,8 +21,8 @@ DIRECT_QUERIES = 8
 
 def causal_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Quantized,
+    v: Tensor | Quantized,
     *,
     slopes: Tensor | None = None,
     window: int | None = None,
@@ -38,7 +39,8 @@ def causal_attention(
         q: (B, H, T, d) queries.
         k: (B, Hk, S, d) keys; Hk divides H, and query head h reads key head h·Hk // H (grouped-query attention,
             arXiv 2305.13245).
-        v: (B, Hk, S, dv) values.
+        v: (B, Hk, S, dv) values. Keys and values as a cache stores them are read where they lie if one query of a row
+            decodes on a CPU, and else made numbers of the dtype of q first.
         slopes: (H,) or (1,) float32 slopes m of ALiBi (arXiv 2108.12409), in nats per token; None for no bias.
         window: a query sees at most this many tokens, itself included; None for all.
         mask: (B, S) bool, True for real tokens, False for padding; None if all are real.
@@ -50,6 +52,13 @@ def causal_attention(
         (B, H, T, dv) in the dtype of q. The row of a padded query is finite and without meaning.
     """
     T, S = q.shape[2], k.shape[2]
+    if T == 1 and not dropout and native.reads(q, k, v):
+        each = None if slopes is None else slopes.float().expand(q.shape[1])
+        first, distances = _seen(S, window, mask)
+        return native.attention(q, k, v, each, distances, first, q.shape[3] ** -0.5 if scale is None else scale)
+    one = k is v  # a latent is both
+    k = k.numbers(q.dtype) if isinstance(k, Quantized) else k
+    v = k if one else v.numbers(q.dtype) if isinstance(v, Quantized) else v
     if T <= DIRECT_QUERIES and not dropout:
         return _direct(q, k, v, slopes, window, mask, scale)
     if blocked_attention.usable(q, k, dropout):
@@ -154,15 +163,10 @@ def _direct(
     mask: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """Few queries, many keys (decoding): our own kernel for one of them on a CPU, else two matrix products, query heads
-    of one key head stacked as rows."""
+    """Few queries, many keys: two matrix products, query heads of one key head stacked as rows."""
     B, H, T, d = q.shape
     Hk, S, dv = k.shape[1], k.shape[2], v.shape[3]
     scale = d**-0.5 if scale is None else scale
-    if T == 1 and native.usable(q, k, v) and k.stride(3) == v.stride(3) == 1:
-        each = None if slopes is None else slopes.float().expand(H)
-        first, distances = _seen(S, window, mask)
-        return native.attention(q, k, v, each, distances, first, scale)
     k, v, start = _whole_buffers(k, v)
     C, stop = k.shape[2], start + S  # the S tokens stand at [start, stop) of C
     rows = q.reshape(B * Hk, H // Hk * T, d) * scale

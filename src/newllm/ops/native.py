@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from newllm.ops.quantize import Quantized
 from newllm.paths import cache_folder
 
 SOURCE = Path(__file__).with_name("decode.cpp")
@@ -32,13 +33,23 @@ PLAIN = (Tensor, torch.nn.Parameter)  # other kinds of tensors have no memory of
 logger = logging.getLogger(__name__)
 
 
+class Stored(ctypes.Structure):
+    """`struct Stored` of decode.cpp, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("numbers", "scales")),
+        *((name, c_int64) for name in ("row", "head", "token", "scales_row", "scales_head", "scales_token")),
+    )
+
+
 class AttentionArguments(ctypes.Structure):
     """`struct Attention` of decode.cpp, field by field."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "slopes", "distances", "out")),
+        ("q", c_void_p),
+        *((name, Stored) for name in ("k", "v")),
+        *((name, c_void_p) for name in ("slopes", "distances", "out")),
         *((name, c_int64) for name in ("B", "H", "Hk", "S", "d", "dv", "first")),
-        *((name, c_int64) for name in ("k_row", "k_head", "k_token", "v_row", "v_head", "v_token")),
         ("scale", c_float),
     )
 
@@ -148,15 +159,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def reads(q: Tensor, k: Tensor | Quantized, v: Tensor | Quantized) -> bool:
+    """Whether `attention` takes these: `usable`, or codes beside a usable q; the numbers of a vector side by side."""
+    if isinstance(k, Quantized) and isinstance(v, Quantized):
+        parts = (k.codes, k.scales, v.codes, v.scales)
+        return usable(q) and all(x.device.type == "cpu" and x.stride(3) == 1 for x in parts)
+    if isinstance(k, Quantized) or isinstance(v, Quantized):
+        return False
+    return usable(q, k, v) and k.stride(3) == v.stride(3) == 1
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, distances: Tensor | None, first: int, scale: float
+    q: Tensor,
+    k: Tensor | Quantized,
+    v: Tensor | Quantized,
+    slopes: Tensor | None,
+    distances: Tensor | None,
+    first: int,
+    scale: float,
 ) -> Tensor:
-    """Attention of one query in each row, see `ops.attention.causal_attention`. q, k, v are `usable`.
+    """Attention of one query in each row, see `ops.attention.causal_attention`. The kernel `reads` q, k and v.
 
     Args:
         q: (B, H, 1, d).
-        k: (B, Hk, S, d), its numbers side by side.
-        v: (B, Hk, S, dv), the same.
+        k: (B, Hk, S, d).
+        v: (B, Hk, S, dv).
         slopes: (H,) float32.
         distances: (B, S) float32 between the query and each token, negative where it is not seen; None for S − 1 − j.
         first: tokens before this one are not seen.
@@ -170,10 +197,18 @@ def attention(
     (B, H, T, d), (_, Hk, S, dv) = q.shape, v.shape
     assert T == 1, q.shape
     assert (k.shape, v.shape, H % Hk) == ((B, Hk, S, d), (B, Hk, S, dv), 0), (q.shape, k.shape, v.shape)
-    q = q.contiguous()
+    dtype, bits = q.dtype, k.bits if isinstance(k, Quantized) else 8 * k.element_size()
+    q = (q.float() if isinstance(k, Quantized) else q).contiguous()
     out = q.new_empty(B, H, 1, dv)
     slopes, distances = (None if x is None else x.contiguous() for x in (slopes, distances))
-    pointers = (None if x is None else x.data_ptr() for x in (q, k, v, slopes, distances, out))
-    arguments = AttentionArguments(*pointers, B, H, Hk, S, d, dv, first, *k.stride()[:3], *v.stride()[:3], scale)
-    kernels.newllm_attention(q.dtype == torch.bfloat16, ctypes.byref(arguments), torch.get_num_threads())
-    return out
+    pointers = (None if x is None else x.data_ptr() for x in (slopes, distances, out))
+    stored = (_stored(x) for x in (k, v))
+    arguments = AttentionArguments(q.data_ptr(), *stored, *pointers, B, H, Hk, S, d, dv, first, scale)
+    kernels.newllm_attention(bits, ctypes.byref(arguments), torch.get_num_threads())
+    return out.to(dtype)
+
+
+def _stored(x: Tensor | Quantized) -> Stored:
+    if isinstance(x, Tensor):
+        return Stored(x.data_ptr(), None, *x.stride()[:3])
+    return Stored(x.codes.data_ptr(), x.scales.data_ptr(), *x.codes.stride()[:3], *x.scales.stride()[:3])

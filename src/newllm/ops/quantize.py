@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,23 @@ GROUP = 32
 BLOCK = 2**19
 # Float16's smallest number and its largest: where scales end.
 SCALE_RANGE = (2.0**-24, 65504.0)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Numbers (…, size) as they are stored. `ops.attention` reads keys and values of this kind where they lie."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.codes.shape[:-1], self.size))
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(self.codes, self.scales, self.bits, self.size, dtype)
 
 
 def groups(size: int) -> int:
@@ -55,18 +73,19 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     The error of a number is at most half a scale, plus 4e-6 where scales fall below float16's normal range (6e-5).
 
     Returns:
-        codes: (…, d) int8; with 4 bits (…, ⌈d/2⌉) uint8, see `_pack`.
+        codes: (…, d) int8; with 4 bits (…, ⌈d/2⌉) uint8, see `_pack`; a group behind the other.
         scales: (…, groups(d)) float16.
     """
-    Q = largest_code(bits)
+    Q, d = largest_code(bits), x.shape[-1]
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    codes = torch.empty_like(exact, dtype=torch.int8)
-    scales = exact.new_empty(*x.shape[:-1], groups(x.shape[-1]), dtype=torch.float16)
-    for s, numbers, c in _grouped(scales, exact, codes):
+    codes = torch.empty(*x.shape[:-1], math.ceil(d * bits / 8), dtype=CODE_DTYPES[bits], device=x.device)
+    scales = torch.empty(*x.shape[:-1], groups(d), dtype=torch.float16, device=x.device)
+    for s, c, numbers in _grouped(d, (scales, 1), (codes, GROUP * bits // 8), (exact, GROUP)):
         s.copy_((numbers.abs().amax(dim=-1, keepdim=True) / Q).clamp(*SCALE_RANGE))
         # Divided by the scale that is kept: its own rounding adds no error, but may lead just beyond Q.
-        c.copy_((numbers / s).round().clamp(-Q, Q))
-    return (_pack(codes) if bits == 4 else codes), scales
+        whole = (numbers / s).round().clamp(-Q, Q)
+        c.copy_(_pack(whole) if bits == 4 else whole)
+    return codes, scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, bits: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -74,28 +93,25 @@ def dequantize(codes: Tensor, scales: Tensor, bits: int, size: int, dtype: torch
     numbers = torch.empty(*codes.shape[:-1], size, dtype=dtype, device=codes.device)
     exact = torch.promote_types(dtype, torch.float32)
     tokens = max(1, BLOCK * codes.shape[-2] // numbers.numel())
-    for block_codes, block_scales, block in zip(
-        *(x.split(tokens, dim=-2) for x in (codes, scales, numbers)), strict=True
-    ):
-        whole = _unpack(block_codes, size) if bits == 4 else block_codes
-        for s, c, out in _grouped(block_scales, whole, block):
-            out.copy_(c * s.to(exact))
+    blocks = (x.split(tokens, dim=-2) for x in (scales, codes, numbers))
+    for block_scales, block_codes, block in zip(*blocks, strict=True):
+        for s, c, out in _grouped(size, (block_scales, 1), (block_codes, GROUP * bits // 8), (block, GROUP)):
+            out.copy_((_unpack(c, out.shape[-1]) if bits == 4 else c) * s.to(exact))
     return numbers
 
 
-def _grouped(scales: Tensor, *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views (…, k, 1) of scales (…, n) and (…, k, g) of vectors (…, d): the full groups, then a shorter last one."""
-    full = vectors[0].shape[-1] // GROUP
-    for count, part, numbers in (
-        (full, slice(full), slice(full * GROUP)),
-        (scales.shape[-1] - full, slice(full, None), slice(full * GROUP, None)),
-    ):
-        if count:
-            yield scales[..., part, None], *(x[..., numbers].unflatten(-1, (count, -1)) for x in vectors)
+def _grouped(size: int, *vectors: tuple[Tensor, int]) -> Iterator[tuple[Tensor, ...]]:
+    """Views (…, k, ·) of vectors, each with what a full group takes of it: the full groups, then a shorter last one."""
+    full, rest = divmod(size, GROUP)
+    if full:
+        yield tuple(x[..., : full * width].unflatten(-1, (full, width)) for x, width in vectors)
+    if rest:
+        yield tuple(x[..., None, full * width :] for x, width in vectors)
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """(…, d) codes of 4 bits into (…, ⌈d/2⌉) bytes: number i in the low half of byte i, number ⌈d/2⌉ + i above it."""
+    """A group of g codes of 4 bits (…, g) into (…, ⌈g/2⌉) bytes: number i in the lower half of byte i, number ⌈g/2⌉ + i
+    in the upper one, so that half a group comes of one operation with a vector of bytes."""
     shifted = (F.pad(codes, (0, codes.shape[-1] % 2)) + 8).to(torch.uint8)
     low, high = shifted.chunk(2, dim=-1)
     return low | (high << 4)

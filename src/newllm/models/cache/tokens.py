@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from newllm.models.cache.state import LayerState
-from newllm.ops.quantize import BITS, CODE_DTYPES, dequantize, groups, quantize, vector_bytes
+from newllm.ops.quantize import BITS, CODE_DTYPES, Quantized, groups, quantize, vector_bytes
 
 
 class TokenState(LayerState):
@@ -34,15 +34,18 @@ class TokenState(LayerState):
         self.buffers: dict[str, Tensor] = {}  # each (B, N, C, d), all of one capacity C
         self.hidden_before: Tensor | None = None  # (B,) tokens before this count belong to an earlier document
 
-    def update(self, *streams: Tensor, mask: Tensor | None = None) -> tuple[Any, ...]:  # type: ignore[override]
+    def update(  # type: ignore[override]
+        self, *streams: Tensor, mask: Tensor | None = None, as_stored: bool = False
+    ) -> tuple[Any, ...]:
         """Appends one (B, N, T, d) to each stream, in the order of the names.
 
         Args:
             mask: (B, S_all) bool over all tokens read so far, this chunk included; True for real tokens.
+            as_stored: whether quantised streams are given as `Quantized`, which `causal_attention` takes.
 
         Returns:
-            each stream (B, N, S, d) as far as this chunk sees it (views of the buffers; new tensors if quantised), and
-            their mask (B, S) or None.
+            each stream (B, N, S, d) as far as this chunk sees it (views of the buffers; new tensors if quantised and
+            not as stored), and their mask (B, S) or None.
 
         Raises:
             ValueError: for a gradient through a quantised state.
@@ -57,7 +60,11 @@ class TokenState(LayerState):
                 self.buffers[name][:, :, self.stop : self.stop + T] = x
             self.stop += T
         self.seen += T
-        read = self._decode(streams)
+        read = self._read(streams)
+        if not as_stored:
+            read = [
+                x.numbers(new.dtype) if isinstance(x, Quantized) else x for x, new in zip(read, streams, strict=True)
+            ]
         visible = self._visible(mask)
         if self.window is not None:
             self._forget(self._still_seen(visible))
@@ -76,13 +83,13 @@ class TokenState(LayerState):
         parts = zip(self._buffer_names, itertools.chain(*(quantize(x, bits) for x in streams)), strict=True)
         return dict(parts)
 
-    def _decode(self, streams: tuple[Tensor, ...]) -> list[Tensor]:
-        """The visible tokens of each stream, in the dtype of the tokens just given."""
-        views = list(self._views().values())
+    def _read(self, streams: tuple[Tensor, ...]) -> list[Tensor | Quantized]:
+        """The visible tokens of each stream, as they are stored."""
+        views: list[Any] = list(self._views().values())
         if self.precision == "model":
             return views
         return [
-            dequantize(codes, scales, BITS[self.precision], x.shape[3], x.dtype)
+            Quantized(codes, scales, BITS[self.precision], x.shape[3])
             for codes, scales, x in zip(views[::2], views[1::2], streams, strict=True)
         ]
 
@@ -213,10 +220,10 @@ class KeyValueState(TokenState):
         super().__init__(("keys", "values"), window)
 
     def update(  # type: ignore[override]
-        self, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, k: Tensor, v: Tensor, mask: Tensor | None = None, as_stored: bool = False
+    ) -> tuple[Any, Any, Tensor | None]:
         """Appends k (B, Hk, T, d) and v (B, Hk, T, dv); gives keys (B, Hk, S, d), values (B, Hk, S, dv), mask."""
-        return super().update(k, v, mask=mask)  # type: ignore[return-value]
+        return super().update(k, v, mask=mask, as_stored=as_stored)  # type: ignore[return-value]
 
 
 class LatentState(TokenState):
@@ -225,9 +232,11 @@ class LatentState(TokenState):
     def __init__(self, window: int | None = None) -> None:
         super().__init__(("latent",), window)
 
-    def update(self, c: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+    def update(  # type: ignore[override]
+        self, c: Tensor, mask: Tensor | None = None, as_stored: bool = False
+    ) -> tuple[Any, Tensor | None]:
         """Appends c (B, 1, T, r); gives the visible latents (B, 1, S, r) and their mask (B, S) or None."""
-        return super().update(c, mask=mask)  # type: ignore[return-value]
+        return super().update(c, mask=mask, as_stored=as_stored)  # type: ignore[return-value]
 
 
 def with_spare_room(tokens: int) -> int:

@@ -104,7 +104,7 @@ class MemoryAdapterLayer(InfiniLayer):
         if state is not None:
             attended = state.states["attention"]
             assert isinstance(attended, KeyValueState)
-            k, v, seen = attended.update(k, v, mask)
+            k, v, seen = attended.update(k, v, mask, as_stored=True)
         slopes = self.position.head_slopes(self.num_heads, x.device)
         mixed = causal_attention(q, k, v, slopes=slopes, window=self.window, mask=seen)
         q, k, v = whole

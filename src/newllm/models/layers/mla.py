@@ -16,6 +16,7 @@ from newllm.models.options import check_count, check_divides
 from newllm.models.positions import RotaryPosition, create_position, position_spec
 from newllm.ops import reference
 from newllm.ops.attention import causal_attention
+from newllm.ops.quantize import Quantized
 
 PATHS = ("auto", "absorbed", "materialised")
 
@@ -99,9 +100,11 @@ class MLALayer(Layer):
     def forward(self, x: Tensor, *, positions: Tensor, mask: Tensor | None, state: LatentState | None) -> Tensor:  # type: ignore[override]
         q, q_rope, cached = self._project(x, positions)
         if state is not None:
-            cached, mask = state.update(cached, mask)
-        attend = self._absorbed if self.absorbs(x.shape[1], cached.shape[2]) else self._materialised
-        return self._finish(x, attend(q, q_rope, cached, mask))
+            cached, mask = state.update(cached, mask, as_stored=True)
+        if self.absorbs(x.shape[1], cached.shape[2]):
+            return self._finish(x, self._absorbed(q, q_rope, cached, mask))
+        latents = cached.numbers(x.dtype) if isinstance(cached, Quantized) else cached
+        return self._finish(x, self._materialised(q, q_rope, latents, mask))
 
     def absorbs(self, queries: int, keys: int) -> bool:
         """Whether T queries at the end of S keys take the absorbed path: as `path` says, or if it multiplies less.
@@ -142,7 +145,7 @@ class MLALayer(Layer):
             k = torch.cat([k, cached[..., self.kv_dim :].expand(-1, self.num_heads, -1, -1)], dim=-1)
         return self._attend(q, k, v, mask).transpose(1, 2).flatten(2)
 
-    def _absorbed(self, q: Tensor, q_rope: Tensor | None, cached: Tensor, mask: Tensor | None) -> Tensor:
+    def _absorbed(self, q: Tensor, q_rope: Tensor | None, cached: Tensor | Quantized, mask: Tensor | None) -> Tensor:
         """Multi-query attention whose one key and value is the latent, between W_UK and W_UV: (B, T, D)."""
         B, T, H, d = q.shape
         w_uk, w_uv = self.expand.weight.view(2, H, d, self.kv_dim)
@@ -155,7 +158,7 @@ class MLALayer(Layer):
         heads = torch.bmm(mixed.transpose(0, 1).flatten(1, 2), w_uv.transpose(1, 2))  # (H, B·T, d)
         return heads.transpose(0, 1).reshape(B, T, H * d)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor | Quantized, v: Tensor | Quantized, mask: Tensor | None) -> Tensor:
         slopes = self.position.head_slopes(self.num_heads, q.device)
         return causal_attention(q, k, v, slopes=slopes, mask=mask, scale=self.scale)
 

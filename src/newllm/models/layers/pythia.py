@@ -81,7 +81,7 @@ class PythiaLayer(Layer):
         qk, v = self._project(x)
         q, k = self._split(self.position.rotate(qk, positions))
         if state is not None:
-            k, v, mask = state.update(k, v, mask)
+            k, v, mask = state.update(k, v, mask, as_stored=True)
         slopes = self.position.head_slopes(self.num_heads, x.device)
         mixed = causal_attention(q, k, v, slopes=slopes, window=self.window, mask=mask)
         return self._finish(x, mixed)
