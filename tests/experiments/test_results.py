@@ -159,6 +159,20 @@ def test_every_column_is_explained_and_prints_sensible_decimals(column):
 
 
 @pytest.mark.parametrize(
+    ("value", "places", "text"),
+    [
+        (2852864.0, 0, "2,852,864"),
+        (59.634, 2, "59.63"),
+        (-0.4, 1, "\u22120.4"),
+        (26946844821.994, 3, "2.7e+10"),
+        (8.2e274, 0, "8.2e+274"),
+    ],
+)
+def test_a_figure_has_the_digits_that_can_be_read(value, places, text):
+    assert number(value, places) == text
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda r: r.pop("rows"), "is not a result of `newllm compare`: the file has no 'rows'"),

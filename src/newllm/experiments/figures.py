@@ -10,8 +10,8 @@ NO_BREAK = "\u00a0"
 
 
 def number(value: float, places: int, signed: bool = False) -> str:
-    """1,234.5 with a true minus sign; 1.2e+15 where a model has come apart."""
-    kind = f",.{places}f" if abs(value) < 1e12 else ".1e"
+    """1,234.5 with a true minus sign; 1.2e+09 where a model has come apart: counts alone are that large."""
+    kind = f",.{places}f" if abs(value) < (1e7 if places else 1e12) else ".1e"
     return f"{value:{'+' if signed else '-'}z{kind}}".replace("-", "−")
 
 
