@@ -48,6 +48,18 @@ def test_where_nothing_is_left_out_the_model_is_the_same(name, options, own):
     assert distance(source, target) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["pythia", "mla", "v_dproj", "infini"])
+def test_an_mlp_that_reads_what_attention_has_added_to_goes_into_another_such_layer_alone(name):
+    source = model_of("gpt", position=GEOMETRIC)
+    with pytest.raises(UserError, match=r"^layer 0 of the trained model has parallel_residual=false, .*=false$"):
+        adapt(source, model_of(name), texts())
+    with pytest.raises(UserError, match=r"^layer 0 of the trained model has parallel_residual=true, .*=true$"):
+        adapt(model_of(name), model_of("gpt"), texts())
+    same = model_of("pythia", position=GEOMETRIC, parallel_residual=False)
+    assert adapt(source, same, texts()) == []
+    assert distance(source, same) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["discrete_extra", "selective", "continuous"])
 def test_layers_that_read_a_text_several_times_are_adapted_to_all_they_read(name):
     source, target = model_of(name, position=GEOMETRIC), model_of("mla", position=GEOMETRIC, kv_dim=32)

@@ -12,6 +12,7 @@ from tiny_runs import SHAPE, STEP, metrics, run, tiny
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from newllm.cli import main
+from newllm.commands.adapt import settings_for
 from newllm.data import prepare
 from newllm.errors import UserError
 from newllm.evaluation.checks import CHECK_SHAPE
@@ -19,7 +20,7 @@ from newllm.experiments.results import read_results
 from newllm.models import create_model, load_model
 from newllm.models.interop import load_trained, trained_shape
 from newllm.settings import RunSettings
-from newllm.training import start
+from newllm.training import check_suitability, start
 from newllm.training.checkpoints import checkpoints, read_result
 from newllm.training.run import new_model
 from newllm.training.start import layer_by_layer, misses, start_from
@@ -169,6 +170,17 @@ def test_a_checkpoint_in_the_format_of_the_hub_is_adapted(text, tmp_path):
     assert main(["adapt", str(tmp_path / "neox"), *place, *windows, *models, "--out", str(out), *FEW]) == 0
     assert [row["start"]["source"] for row in read_results(out)["rows"]] == ["neox"] * 2
     assert load_model(out / "pythia-seed0").config.vocab_size == len(data.tokenizer)
+
+
+def test_a_checkpoint_whose_mlp_reads_what_attention_has_added_to(text, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=9, use_parallel_residual=False, **sizes)).save_pretrained(tmp_path)
+    settings = tiny(text, start_from=str(tmp_path))
+    with pytest.raises(UserError, match=r"^mla: layer 0 of the trained model has parallel_residual=false"):
+        check_suitability(settings, ["pythia:parallel_residual=false", "mla"])
+    models = settings_for(str(tmp_path))["models"]
+    assert models == ["pythia:parallel_residual=false", "mqa:parallel_residual=false"]
+    check_suitability(settings, models)
 
 
 def test_what_does_not_fit_is_one_line(trained, text, tmp_path):

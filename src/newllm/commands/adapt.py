@@ -20,14 +20,15 @@ class AdaptSettings(ExperimentSettings):
 
     models: list[str] = field(default_factory=list)
     """Presets or layer types to put the weights into; the first is the baseline. Default: the trained model as it is,
-    mla_geometric, mqa, v_dproj, infini and infini_adapter; these two with shorter segments where windows are short."""
+    mla_geometric, mqa, v_dproj, infini and infini_adapter; these two with shorter segments where windows are short. Of
+    a model whose MLPs read what attention has added to: itself and mqa."""
     name: str = "adapt"
     """Title of the report."""
 
 
 def settings_for(folder: str) -> dict[str, Any]:
     """Size, tokenizer and text of the trained model; what it is compared with, and a name."""
-    from newllm.models.interop import trained_folder, trained_shape
+    from newllm.models.interop import trained_folder, trained_residuals, trained_shape
 
     trained = run_config(folder)
     kept = {f.name for cls in (ShapeSettings, DataSettings) for f in dataclasses.fields(cls)} | {"scale", "plugin"}
@@ -36,6 +37,9 @@ def settings_for(folder: str) -> dict[str, Any]:
     shorter = f":segment_length={max(1, window // 4)}" if window is not None and window <= SEGMENT else ""
     with_memory = [name + shorter for name in WITH_MEMORY]
     models = list(dict.fromkeys([trained.get("model", "pythia"), *OTHER_LAYERS, *with_memory]))
+    if not all(trained_residuals(folder)):  # which only layers of type pythia can have
+        sequential = "parallel_residual=false"
+        models = [trained.get("model", f"pythia:{sequential}"), f"mqa:{sequential}"]
     path, _ = trained_folder(folder)
     of_model = trained_shape(folder) | {"tokenizer": str(path), "start_from": folder}
     return of_run | of_model | {"models": models}

@@ -38,10 +38,11 @@ def adapt(source: TransformerLM, target: TransformerLM, batches: Iterable[Tensor
         names of the parameters that found nothing in source, and keep the values they had.
 
     Raises:
-        UserError: another number of layers, another width, or fewer words.
+        UserError: another number of layers, another width, fewer words, or MLPs that read something else.
     """
     if len(source.layers) != len(target.layers):
         raise UserError(f"the trained model has {len(source.layers)} layers, the one to adapt {len(target.layers)}")
+    check_residuals([getattr(layer, "parallel_residual", True) for layer in source.layers], target)
     theirs, own = dict(source.named_parameters()), []
     for name, parameter in target.named_parameters():
         trained: Tensor | None = theirs.get(name)
@@ -64,6 +65,20 @@ def adapt(source: TransformerLM, target: TransformerLM, batches: Iterable[Tensor
             convert(*pair, *moments[number])
             own = [name for name in own if name.rpartition(".")[0] not in _made_by(convert, number)]
     return own
+
+
+def check_residuals(theirs: Iterable[bool], target: TransformerLM) -> None:
+    """Raises UserError where an MLP would read something else than the trained one did.
+
+    theirs: of each trained layer whether its residual is parallel, see `PythiaLayer`.
+    """
+    for number, (parallel, layer) in enumerate(zip(theirs, target.layers, strict=False)):
+        if getattr(layer, "parallel_residual", True) != parallel:
+            option = f"parallel_residual={str(parallel).lower()}"
+            raise UserError(
+                f"layer {number} of the trained model has {option}, and that of the one to adapt has not, so that its "
+                f"MLP would read something else: take layers that have, as in pythia:{option}"
+            )
 
 
 Converter = Callable[..., None]

@@ -95,6 +95,14 @@ def trained_shape(folder: str | Path) -> dict[str, int]:
     return dict(zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), sizes, strict=True))
 
 
+def trained_residuals(folder: str | Path) -> list[bool]:
+    """Of each layer of the model in the folder whether attention and MLP read the same, see `PythiaLayer`."""
+    _, config = trained_folder(folder)
+    if config["model_type"] == "gpt_neox":
+        return [bool(config.get("use_parallel_residual", True))] * config["num_hidden_layers"]
+    return [bool(spec.get("parallel_residual", True)) for spec in config["layer_specs"]]
+
+
 def load_trained(folder: str | Path) -> TransformerLM:
     """A model saved by newllm, or a GPT-NeoX in Hugging Face's format as one of layers of type 'pythia'.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from newllm.data.tasks import task_shares
 from newllm.errors import UserError, flag
 from newllm.models import TransformerLM, meta_model
+from newllm.models.adaptation import check_residuals
 from newllm.models.cache import TokenState
+from newllm.models.interop import trained_residuals
 from newllm.models.layers import Layer
 from newllm.models.memory import layers_with_memories
 from newllm.models.projection import DProjLM
@@ -24,7 +26,7 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
     - Without, every window begins with empty memories: it must be longer than a segment, or none is ever read.
     - Lagged Cache Training keeps the states of windows, in the one process that trains on them; its deeper steps must
       be deeper than the others; and what makes a state that later tokens alone read learns nothing from a single pass.
-    - A trained model to start from must be there, and of their size.
+    - A trained model to start from must be there, of their size, and with MLPs that read the same.
     """
     check_start(settings)
     shares = {flag(name): share for name, share in task_shares(settings).items()}
@@ -45,6 +47,11 @@ def check_suitability(settings: CommonSettings, models: list[str]) -> None:
             _check_lagged(name, model, settings)
         if isinstance(model, DProjLM) and world_size() > 1:
             raise UserError(f"{name}: its projection is trained first, in one process: leave torchrun out")
+        if settings.start_from is not None:
+            try:
+                check_residuals(trained_residuals(settings.start_from), model)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
         if settings.streaming:
             _check_states(name, model)
         else:
