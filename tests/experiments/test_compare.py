@@ -361,6 +361,17 @@ def test_a_file_that_is_no_comparison_is_refused_before_anything_trains(text, tm
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_record_edited_by_hand_is_refused_before_anything_trains(text, finished, tmp_path):
+    results = json.loads((finished / "results.json").read_text())
+    for row in results["rows"]:
+        row["ppl_by_position"][0]["ppl"] = "low"
+    (tmp_path / "edited.json").write_text(json.dumps(results))
+    settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(tmp_path / "edited.json")])
+    with pytest.raises(UserError, match=r"edited.json: row of mqa, seed 0: 'ppl_by_position' in it is not as a"):
+        compare(settings)
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_speed_of_a_run_taken_over_is_measured_here(text, finished, tmp_path):
     settings = tiny(text, tmp_path / "out", models=["mqa"], reuse=[str(finished)], efficiency=True)
     settings.efficiency_seconds = 0.1

@@ -436,6 +436,36 @@ def test_a_full_disk_leaves_the_report_as_it_was(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda r: r["machine"].update(memory_bytes="much"), "'machine' in it"),
+        (lambda r: r["settings"].update(lr="small", batch_size=[8]), "'settings' in it"),
+        (lambda r: r["data"].update(splits={"train": 5}), "'data' in it"),
+        (lambda r: r["rows"][1].update(recall={"repeated": "few"}), r"row 1 \(pythia_alibi, seed 0\): 'recall' in it"),
+        (
+            lambda r: r["rows"][1]["recall_across_segments"].update(distances=5),
+            r"row 1 \(pythia_alibi, seed 0\): 'recall_across_segments' in it",
+        ),
+        (lambda r: r["rows"][0]["curve"][0].update(train_loss=[]), r"row 0 \(pythia, seed 0\): 'curve' in it"),
+        (lambda r: r["rows"][0].update(recurrence={"ppl": 5.0, "passes": [3]}), "'recurrence' in it"),
+        (
+            lambda r: r["rows"][0].update(start={"source": "a", "val_ppl": "b", "undistilled_val_ppl": None}),
+            "'start' in it",
+        ),
+    ],
+)
+def test_records_edited_by_hand_are_told_in_one_line(tmp_path, edit, said):
+    results = make_results(1, recall=True)
+    write_results(tmp_path, results)
+    write_report(tmp_path)
+    edit(results)
+    write_results(tmp_path, results)
+    with pytest.raises(UserError, match=rf"^{tmp_path}: .*{said} is not as a comparison has written it") as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_results_can_be_named_themselves(tmp_path):
     path = write_results(tmp_path, make_results(1, 1))
     assert write_report(path) == write_report(tmp_path) == tmp_path / "report.html"

@@ -26,7 +26,7 @@ from newllm.evaluation.efficiency import measure_all
 from newllm.experiments.command_line import command_line
 from newllm.experiments.jobs import Task, Workers, finish_here, resolve_jobs
 from newllm.experiments.progress import Display, duration
-from newllm.experiments.report import write_report
+from newllm.experiments.report import check_shown_row, write_report
 from newllm.experiments.results import FILE_NAME, Results, check_taken_row, finite, read_results, write_results
 from newllm.experiments.run import RunError, error_line, is_finished, with_details
 from newllm.experiments.terminal import print_table, table_console
@@ -190,7 +190,8 @@ class Comparison:
             if is_finished(result, run) and result["data"] == self.data.fingerprint:
                 with lock(folder):
                     claim_run_folder(folder, run, self.data.fingerprint)
-                check_taken_row(result["row"], f"{folder / 'result.json'}: row")
+                check_taken_row(result["row"], where := f"{folder / 'result.json'}: row")
+                check_shown_row(result["row"], where)
                 (folder / ERROR_FILE).unlink(missing_ok=True)
                 self._add_row(index, run, result["row"], ", kept from before")
             else:
@@ -223,6 +224,7 @@ class Comparison:
             for task in tasks:
                 if (row := found.get(task.index)) is not None:
                     check_taken_row(row, f"{path}: row")
+                    check_shown_row(row, f"{path}: row of {row['model']}, seed {row['seed']}")
                     measured = dict.fromkeys(EFFICIENCY)  # what this machine measures is not mixed with another's
                     self._add_row(task.index, task.run, {"reused": origin} | row | measured, f", from {path}")
             tasks = [task for task in tasks if task.index not in found]
@@ -330,7 +332,7 @@ class Comparison:
             return
         self.keep_earlier()
         write_results(self.out, self.results())
-        write_report(self.out)
+        write_report(self.out, checked=True)
 
     def keep_earlier(self) -> None:
         """Keeps results and report of an earlier comparison in the folder, if it has runs that this one has not."""

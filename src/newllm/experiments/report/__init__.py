@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from newllm.errors import UserError
+from newllm.errors import UserError, first_line
 from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
 from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.report import facts, findings, words
@@ -20,18 +22,21 @@ from newllm.experiments.report.recall import recall_plots, recall_section
 from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
 from newllm.experiments.report.reversal import reversal_plots, reversal_section
 from newllm.experiments.report.selective import selective_section
-from newllm.experiments.results import FILE_NAME, Results, read_results
+from newllm.experiments.results import FILE_NAME, Results, Row, read_results
 from newllm.experiments.summary import ModelSummary, best_models, decimals, ranked, summarise
 from newllm.training.checkpoints import write_whole
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, checked: bool = False) -> Path:
     """Reads results.json of a compare folder, or named itself; writes report.md and report.html beside it.
 
     Returns the path of the latter. Whoever has the page open while a comparison goes on, and whoever finds it after a
-    kill or a full disk, sees all of it.
+    kill or a full disk, sees all of it. Raises UserError for figures that somebody has edited into something else,
+    unless they are known to be as a comparison has measured them.
     """
     results = read_results(folder)
+    if not checked:
+        check_shown(results, str(folder))
     if folder.is_file():
         if folder.name != FILE_NAME:
             raise UserError(f"{folder}: give the folder of a comparison, or its {FILE_NAME}")
@@ -42,10 +47,47 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
+def check_shown(results: Results, where: str) -> None:
+    """Raises UserError for what no report can be made of: what it says of itself, or a row."""
+    _refuse_edited(results | {"rows": []}, {}, ("settings", "machine", "data"), where)
+    for index, row in enumerate(results["rows"]):
+        check_shown_row(row, f"{where}: row {index} ({row['model']}, seed {row['seed']})")
+
+
+def check_shown_row(row: Row, where: str) -> None:
+    """Raises UserError for a row of which no report can be made, though it has what `check_row` asks for: somebody has
+    put something else into one of its records."""
+    blank = dict.fromkeys(("name", "command", "created", "version"), "") | {"baseline": row["model"], "failed": []}
+    blank |= {"settings": {}, "machine": {}, "data": {}}
+    _refuse_edited(blank, row, [key for key, value in row.items() if isinstance(value, dict | list)], where)
+
+
+def _refuse_edited(results: Results, row: Row, keys: Iterable[str], where: str) -> None:
+    """Raises UserError if results, with a row if there is one, make no report; names the key without which they do."""
+
+    def trouble(without: str = "") -> Exception | None:
+        if row:
+            shown = results | {"rows": [row | ({without: None} if without else {})]}
+        else:
+            shown = results | ({without: {}} if without else {})
+        try:
+            _template("report.md").render(report_context(shown, summarise(shown)))
+        except Exception as error:  # whatever a wrong value leads to
+            return error
+        return None
+
+    if (error := trouble()) is None:
+        return
+    named = next((f"'{key}' in it" for key in keys if trouble(key) is None), "something in it")
+    what = f"{type(error).__name__}: {first_line(error)}"
+    raise UserError(f"{where}: {named} is not as a comparison has written it ({what})")
+
+
 def _asset(name: str) -> str:
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
+@functools.cache
 def _template(name: str) -> Any:
     import jinja2
 
