@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from newllm.models.cache.state import LayerState, RecurrentState
@@ -63,9 +62,6 @@ class MemoryState(RecurrentState):
             old = self.values_by_name.get(name, tensor)
             if tensor.shape[1:] != old.shape[1:] or tensor.is_floating_point() != old.is_floating_point():
                 raise ValueError(f"{name} {tuple(tensor.shape)} does not fit a state of {tuple(old.shape)}")
-
-    def reset_rows(self, rows: Tensor) -> None:
-        self.change_rows(lambda x: torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), 0, x))
 
 
 def memory_of(state: LayerState) -> MemoryState:
