@@ -1,5 +1,6 @@
 """Cache bytes from live tensors, and measurements of trained models in worker processes."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from newllm.evaluation.processes import Worker, WorkerError
 from newllm.evaluation.worker import Work
 from newllm.models import ContinuousLM, create_model
 from newllm.resolution import resolve
-from newllm.settings import RunSettings
+from newllm.settings import LaggedSettings, RunSettings
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "vocab_size": 96}
 
@@ -148,6 +149,19 @@ def test_training_is_measured_by_the_steps_that_a_recurrent_model_was_trained_wi
     one_more = [] if step_by_step else [False]  # the discrete pass of a window's first step
     begin, warmup_and_step = gradients + kinds, 2 * gradients + 2 * kinds
     assert [gradient for _, gradient in passes] == one_more + begin + warmup_and_step
+
+
+@pytest.mark.parametrize(
+    ("model", "frozen"), [("pythia", ()), ("v_dproj_restore_two_phase", ("compress", "expand")), ("dproj", ("cell",))]
+)
+def test_a_measured_step_trains_what_a_step_of_the_run_trained(tmp_path, model, frozen):
+    create_model(model, **SHAPE).save_pretrained(tmp_path / "model")
+    work = Work()
+    recurrent = work.build({"folder": str(tmp_path)}, "cpu", 1)["recurrent"]
+    recurrence = dataclasses.asdict(LaggedSettings()) if recurrent else None
+    work.train(batch_size=2, seq_length=16, precision="float32", recurrence=recurrence)
+    for name, parameter in work.model.named_parameters():
+        assert (parameter in work.optimizer.state) != any(part in name for part in frozen), name
 
 
 def test_a_measured_step_of_lagged_cache_training_needs_no_trainer():

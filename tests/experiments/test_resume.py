@@ -12,7 +12,7 @@ import time
 import pytest
 
 from newllm.cli import main
-from newllm.models.reconstruction import Reconstruction
+from newllm.models import TransformerLM
 from newllm.training import exact, run
 
 
@@ -131,7 +131,7 @@ def test_two_phases_killed_at_the_worst_moments(two_phase_flags, two_phases_unin
         (exact, "remove_except", [f"{first}/checkpoint-1"]),  # at its first complete checkpoint
         (exact, "read_state", [f"{first}/checkpoint-1"]),  # when it is about to continue
         (run, "TrainResult", [f"{first}/checkpoint-30"]),  # at its end
-        (Reconstruction, "freeze", [f"{first}/checkpoint-30"]),  # between the phases
+        (TransformerLM, "freeze_first_phase", [f"{first}/checkpoint-30"]),  # between the phases
         (exact.ExactTrainer, "_save_rng_state", [f"{first}/checkpoint-30", "checkpoint-1.incomplete"]),  # in the second
         (exact, "remove_except", [f"{first}/checkpoint-30", "checkpoint-1"]),
         (run, "write_result", [f"{first}/checkpoint-30", "checkpoint-30", "model"]),  # before result.json is written

@@ -128,7 +128,7 @@ def test_the_second_phase_trains_everything_else():
     model = create_model("v_dproj_restore_two_phase", **CHECK_SHAPE)
     first, ids = model.reconstruction(), torch.randint(61, (2, 7))
     first.freeze_the_rest()
-    first.freeze()
+    model.freeze_first_phase()
     model.train()(input_ids=ids, labels=ids).loss.backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without == {name for name, p in model.named_parameters() if any(p is trained for trained in first.trained)}

@@ -21,7 +21,7 @@ from newllm.errors import UserError
 from newllm.evaluation.cache_size import cache_bytes
 from newllm.evaluation.process_memory import peak_bytes
 from newllm.evaluation.timing import repeat
-from newllm.models import create_model, load_model, load_plugin
+from newllm.models import TransformerLM, create_model, load_model, load_plugin
 
 if TYPE_CHECKING:
     from newllm.evaluation.lagged_work import LaggedSteps
@@ -61,6 +61,8 @@ class Work:
             ids: path of a .npy file of token ids; without it they are random.
         """
         if self.optimizer is None:
+            if isinstance(self.model, TransformerLM):
+                self.model.freeze_first_phase()
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
             self.model.train()
         optimizer = self.optimizer

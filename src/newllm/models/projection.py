@@ -127,6 +127,10 @@ class DProjLM(RecurrentLM):
         if isinstance(module, DiverseProjection):
             module.reset_parameters()
 
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        own = [] if self.config.cell == "learned" else self.cell.parameters()
+        return [*super().frozen_parameters(), *own]
+
     @property
     def state_size(self) -> int:
         return self.config.hidden_size

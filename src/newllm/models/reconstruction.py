@@ -56,9 +56,3 @@ class Reconstruction(nn.Module):
         self.model.requires_grad_(False)
         for parameter in self.trained:
             parameter.requires_grad_(True)
-
-    def freeze(self) -> None:
-        """For the second phase: all but `trained` gets gradients."""
-        self.model.requires_grad_(True)
-        for parameter in self.trained:
-            parameter.requires_grad_(False)

@@ -248,6 +248,16 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         """The first phase of training, for a model with layers that have one."""
         return Reconstruction(self) if any(layer.reconstruction_parameters() for layer in self.layers) else None  # type: ignore[operator]
 
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """What training as a language model leaves as a phase before it, or its initialisation, has made it."""
+        return [parameter for layer in self.layers for parameter in layer.reconstruction_parameters()]  # type: ignore[operator]
+
+    def freeze_first_phase(self) -> None:
+        """For training as a language model: all but `frozen_parameters` gets gradients."""
+        self.requires_grad_(True)
+        for parameter in self.frozen_parameters():
+            parameter.requires_grad_(False)
+
 
 ARCHITECTURES: dict[str, type[TransformerLM]] = {}
 

@@ -89,23 +89,18 @@ def train_projection(
     folder: Path,
     on_progress: Callable[[TrainProgress], None] | None,
 ) -> ProjectionResult | None:
-    """Trains the cell to the end, or continues, and freezes it; with cell=random it only freezes, with cell=learned it
-    does nothing. folder receives metrics.jsonl and checkpoints.
+    """Trains the cell to the end, or continues; with cell=random or cell=learned it does nothing. folder receives
+    metrics.jsonl and checkpoints.
 
     Raises UserError when the loss is not finite.
     """
-    if model.config.cell == "learned":
+    if model.config.cell != "diverse":
         return None
-    result = None
-    if model.config.cell == "diverse":
-        folder.mkdir(exist_ok=True)
-        remove_incomplete(folder)
-        model.requires_grad_(False)
-        model.cell.requires_grad_(True)
-        result = ProjectionTrainer(model, settings, data, folder, on_progress).run()
-        model.requires_grad_(True)
-    model.cell.requires_grad_(False)
-    return result
+    folder.mkdir(exist_ok=True)
+    remove_incomplete(folder)
+    model.requires_grad_(False)
+    model.cell.requires_grad_(True)
+    return ProjectionTrainer(model, settings, data, folder, on_progress).run()
 
 
 class ProjectionTrainer:

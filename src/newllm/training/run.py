@@ -144,11 +144,11 @@ def _train(
         first.freeze_the_rest()
         own = reconstruction_settings(settings, len(windows))
         results[RECONSTRUCTION] = _train_phase(first, own, windows, data, folder, RECONSTRUCTION, on_progress)
-        first.freeze()
     texts: WindowDataset | WithTasks | StreamDataset = WithTasks(windows, tasks) if tasks else windows
     if settings.streaming:
         assert settings.batch_size is not None
         texts = StreamDataset(data.splits["train"], settings.seq_length, settings.batch_size, settings.seed)
+    model.freeze_first_phase()
     results["training"] = _train_phase(model, settings, texts, data, folder, "", on_progress)
     model.config.use_cache = use_cache  # the Trainer turns it off
     if is_first():
