@@ -82,7 +82,7 @@ class BenchSettings(ModelBench):
     """Numbers of the latent that deepseek_v3 caches of a token; the default is that of our mla."""
 
     def subjects(self, max_positions: int) -> list[dict[str, Any]]:
-        """What `worker.build_model` needs to build the rivals and then the models."""
+        """What `worker.build_subject` makes the rivals and then the models of."""
         options = {"max_positions": max_positions, "kv_lora_rank": self.kv_lora_rank}
         rivals = [{"rival": rival} | options | self.shape() for rival in self.rivals]
         return rivals + [{"model": model} | self.shape() for model in self.models]
