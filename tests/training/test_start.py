@@ -102,7 +102,7 @@ def test_what_a_layer_reads_is_the_whole_text_in_each_pass_however_often_it_is_c
 
 
 def test_an_interruption_changes_neither_the_weights_nor_what_the_run_began_with(trained, text, tmp_path, monkeypatch):
-    """Once in distillation, which begins anew, and once in training, which goes on from where it was."""
+    """Once in distillation, which begins anew, and once in training, which goes on from where it was, alone."""
     folder, _ = trained
     budget = {"max_tokens": 6 * STEP, "distil_tokens": 6 * STEP}
     settings = tiny(text, model=f"mla:kv_dim=8,{GEOMETRIC}", start_from=str(folder), **budget)
@@ -123,7 +123,9 @@ def test_an_interruption_changes_neither_the_weights_nor_what_the_run_began_with
         run(settings, tmp_path / "run", lambda now: signal.raise_signal(signal.SIGINT) if now.step == 4 else None)
     assert not (tmp_path / "run" / "model").exists()
     assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "checkpoint-5"
+    distilled.clear()
     run(settings, tmp_path / "run")
+    assert not distilled
     ours, theirs = (tmp_path / name / "model" / "model.safetensors" for name in ("run", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
     assert read_result(tmp_path / "run")["start"] == read_result(tmp_path / "whole")["start"]

@@ -144,15 +144,15 @@ def read_result(run_folder: Path) -> dict[str, Any]:
 T = TypeVar("T")
 
 
-def training_result(kind: type[T], run_folder: Path, result: dict[str, Any]) -> T:
-    """What a finished run says about its training under "training". Raises UserError where somebody has edited it."""
-    values, fields = result["training"], get_type_hints(kind)
+def training_result(kind: type[T], run_folder: Path, result: dict[str, Any], phase: str = "training") -> T:
+    """What a run says about its training, or a phase before it. Raises UserError where somebody has edited it."""
+    values, fields = result[phase], get_type_hints(kind)
     if (
         not isinstance(values, dict)
         or values.keys() != fields.keys()
         or not all(fits(values[name], hint) for name, hint in fields.items())
     ):
-        raise UserError(f"{run_folder / 'result.json'} is damaged under 'training': {_anew(run_folder)}")
+        raise UserError(f"{run_folder / 'result.json'} is damaged under '{phase}': {_anew(run_folder)}")
     return kind(**values)
 
 

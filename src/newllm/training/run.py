@@ -26,6 +26,7 @@ from newllm.models.reconstruction import Reconstruction
 from newllm.settings import CommonSettings, RunSettings
 from newllm.training.callbacks import MetricsCallback, ProgressCallback, Schedule, TrainProgress
 from newllm.training.checkpoints import (
+    checkpoints,
     claim_run_folder,
     complete_folder,
     explaining_full_disk,
@@ -106,7 +107,7 @@ def train(
             result = claim_run_folder(folder, settings, data.fingerprint, processes=world_size())
         result = of_first(result)
         if "training" not in result:
-            results = _train(settings, data, tasks, folder, on_progress)
+            results = _train(settings, data, tasks, folder, result, on_progress)
             result |= {phase: asdict(phase_result) for phase, phase_result in results.items()}
             if is_first():
                 write_result(folder, result)
@@ -123,9 +124,10 @@ def _train(
     data: PreparedData,
     tasks: list[TaskDataset],
     folder: Path,
+    before: dict[str, Any],
     on_progress: Callable[[TrainProgress], None] | None,
 ) -> dict[str, TrainResult | ProjectionResult | Start]:
-    """All phases, and model/; the result of each phase by its name in result.json."""
+    """All phases, and model/; the result of each phase by its name in result.json, which says `before` so far."""
     transformers.utils.logging.disable_progress_bar()
     set_threads(settings.threads)
     assert settings.seq_length is not None
@@ -135,7 +137,15 @@ def _train(
     use_cache = model.config.use_cache
     results: dict[str, TrainResult | ProjectionResult | Start] = {}
     if settings.start_from is not None:
-        results["start"] = start_from(model, settings, data)
+        # A checkpoint of a later phase has all weights: what the run began with is then only to be told.
+        later = any(checkpoints(place) for place in (folder, folder / RECONSTRUCTION) if place.is_dir())
+        if later and "start" in before:
+            start = training_result(Start, folder, before, "start")
+        else:
+            start = start_from(model, settings, data)
+            if is_first():
+                write_result(folder, before | {"start": asdict(start)})
+        results["start"] = start
     if isinstance(model, DProjLM):
         projected = train_projection(model, settings, data, folder / PROJECTION, on_progress)
         results |= {} if projected is None else {PROJECTION: projected}
