@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tiny_runs import SHAPE, STEP, WINDOWS, metrics
 
 from newllm.cli import main
+from newllm.models import TransformerLM
+from newllm.models.layers import LAYER_TYPES, create_layer
 from newllm.training.ranks import is_first, world_size
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -45,6 +47,7 @@ def runs(text, tmp_path_factory):
     printed, code = newllm(text, processes=2, batch_size=4, out=together)
     assert code == 0, printed
     assert printed.count("trained on") == 1, "the first process speaks for all"
+    assert "find_unused_parameters" not in printed
     return alone, together
 
 
@@ -104,6 +107,33 @@ def test_a_rank_that_something_else_has_left_in_the_environment_is_none(monkeypa
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("RANK", "3")
     assert is_first()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, options)
+        for name, cls in LAYER_TYPES.items()
+        if cls.__module__.startswith("newllm.models")
+        for options in ({}, *cls.variants)
+    ],
+)
+def test_every_parameter_of_our_layers_has_a_gradient_in_every_step(name, options):
+    """As the processes are told, which then need not look for idle ones."""
+    if "segment_length" in LAYER_TYPES[name].option_names():
+        options = {"segment_length": 4} | options
+    shape = {"hidden_size": 64, "num_heads": 4, "intermediate_size": 80}
+    model = TransformerLM(layers=[create_layer({"type": name} | shape | options) for _ in range(2)], vocab_size=61)
+    ids, phases = torch.randint(61, (2, 16)), [model.train()]
+    if (first := model.reconstruction()) is not None:
+        phases = [first, model]
+        first.freeze_the_rest()
+    for phase in phases:
+        phase(ids, labels=ids)["loss"].backward()
+        assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        model.zero_grad()
+        if first is not None:
+            first.freeze()
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,8 @@ def _train_phase(
             remove_incomplete(folder)
     arguments = training_arguments(settings, folder, steps=1)
     samples_per_step = arguments.train_batch_size * settings.gradient_accumulation * arguments.world_size
+    # Every parameter of our layers has a gradient in every step; of other models some may lie idle.
+    arguments.ddp_find_unused_parameters = type(model) not in (TransformerLM, Reconstruction) or bool(settings.plugin)
     arguments.max_steps = total_steps(settings, len(windows), samples_per_step)
     schedule = Schedule.of(arguments.max_steps, settings)
     tokens_per_step = samples_per_step * settings.seq_length  # type: ignore[operator]
