@@ -11,7 +11,7 @@ from newllm.data import prepare
 from newllm.data.corpora import open_corpus
 from newllm.data.recall import RecallTask
 from newllm.errors import UserError
-from newllm.evaluation.recall import another_row, evaluate_recall, has_memories, knock_out, wilson
+from newllm.evaluation.recall import accuracies, another_row, evaluate_recall, has_memories, knock_out, wilson
 from newllm.experiments.compare import compare
 from newllm.models import create_model
 from newllm.models.cache import LMCache, RecurrentState
@@ -185,6 +185,17 @@ def test_the_other_row_has_another_answer(data):
     windows = [task.evaluation_window(1, index) for index in (0, 0, 1, 2, 2)]
     source = another_row(windows).tolist()
     assert all(windows[a].told[0] != windows[b].told[0] for a, b in enumerate(source))
+
+
+def test_of_answers_that_score_alike_one_in_as_many_is_the_right_one():
+    """In bf16 that is no exception, and a model that knows nothing must be told by chance."""
+    told = torch.tensor([[0, 1], [2, 0], [3, 1], [1, 0]])
+    nothing = accuracies(torch.zeros(4, 5), told)
+    assert (nothing["accuracy"]["value"], nothing["accuracy_among_told"]["value"]) == (1 / 5, 1 / 2)
+    scores = torch.tensor([[2.0, 1, 0], [1, 1, 0], [0, 1, 1], [0, 1, 2]])[:, [0, 1, 2, 2, 2]]
+    some = accuracies(scores, told)
+    assert some["accuracy"]["value"] == pytest.approx((1 + 0 + 1 / 4 + 0) / 4)
+    assert some["accuracy_among_told"]["value"] == pytest.approx((1 + 0 + 1 / 2 + 1) / 4)
 
 
 def test_intervals_are_wilsons():

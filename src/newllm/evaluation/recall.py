@@ -94,17 +94,17 @@ def _at_distance(model: TransformerLM, task: RecallTask, distance: int, settings
             hidden = model.hidden_states(ids[:, cut:], past_key_values=cache)
             scores[name].append(_logits(model, hidden, asked - cut)[:, answers])
     told = torch.from_numpy(np.stack([window.told for window in windows])).to(model.device)
-    accuracies = {name: _accuracies(torch.cat(parts), told) for name, parts in scores.items()}
+    found = {name: accuracies(torch.cat(parts), told) for name, parts in scores.items()}
     return {
         "distance": distance,
         "tokens": length,
         "beyond_training": length > settings.seq_length,  # type: ignore[operator]
         "windows": len(windows),
-        **accuracies["at once"],
+        **found["at once"],
         "answer_ppl": perplexity(float(torch.cat(nats).mean())),
-        "cached_accuracy": accuracies["cached"]["accuracy"]["value"],
+        "cached_accuracy": found["cached"]["accuracy"]["value"],
         "state_bytes": state_bytes,
-        **{name: accuracies[name] for name in knock_outs},
+        **{name: found[name] for name in knock_outs},
     }
 
 
@@ -113,16 +113,26 @@ def _logits(model: TransformerLM, hidden: Tensor, place: Tensor) -> Tensor:
     return model.head(hidden[torch.arange(len(hidden), device=hidden.device), place]).float()
 
 
-def _accuracies(scores: Tensor, told: Tensor) -> dict[str, Any]:
+def accuracies(scores: Tensor, told: Tensor) -> dict[str, Any]:
     """scores (W, A) of all answers; told (W, F) the answers of each window's facts, the asked one first."""
-    among_told = scores.gather(1, told).argmax(dim=1) == 0
+    among_told = scores.gather(1, told)
+    asked = among_told[:, :1]
     return {
-        "accuracy": wilson(int((scores.argmax(dim=1) == told[:, 0]).sum()), len(scores)),
-        "accuracy_among_told": wilson(int(among_told.sum()), len(scores)),
+        "accuracy": wilson(_answered(scores, asked), len(scores)),
+        "accuracy_among_told": wilson(_answered(among_told, asked), len(scores)),
     }
 
 
-def wilson(successes: int, trials: int) -> dict[str, float]:
+def _answered(scores: Tensor, asked: Tensor) -> float:
+    """Windows in which the asked answer (W, 1) has the highest of the scores (W, n).
+
+    In bf16 two answers may well have the same: of so many that are highest, one in as many is taken for the right one.
+    """
+    highest = scores.amax(dim=1, keepdim=True)
+    return float(((asked == highest).double() / (scores == highest).sum(dim=1, keepdim=True)).sum())
+
+
+def wilson(successes: float, trials: int) -> dict[str, float]:
     """A share with its 95 % interval (Wilson, 1927), which is one at 0 and at 1 too."""
     share = successes / trials
     centre = (share + Z**2 / (2 * trials)) / (1 + Z**2 / trials)
