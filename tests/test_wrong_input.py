@@ -386,6 +386,10 @@ CASES = {
         lambda p: ["adapt", p.model(NEOX, b"")],
         "config.json does not say how large the model is ('hidden_size')",
     ),
+    "a model to adapt with layers that are none": (
+        lambda p: ["adapt", p.model({"model_type": "newllm", "layer_specs": [dict.fromkeys(SIZES, 64), 5]}, b"")],
+        "config.json is not that of a model with layers of newllm, nor of a GPT-NeoX",
+    ),
     "another size than that of the model to adapt": (
         lambda p: [
             *["adapt", p.model({"model_type": "newllm", "layer_specs": [dict.fromkeys(SIZES, 64)] * 2}, b"")],

@@ -30,7 +30,7 @@ def settings_for(folder: str) -> dict[str, Any]:
     """Size, tokenizer and text of the trained model; what it is compared with, and a name."""
     from newllm.models.interop import trained_folder, trained_residuals, trained_shape
 
-    trained = run_config(folder)
+    trained, shape = run_config(folder), trained_shape(folder)
     kept = {f.name for cls in (ShapeSettings, DataSettings) for f in dataclasses.fields(cls)} | {"scale", "plugin"}
     of_run = {name: value for name, value in trained.items() if name in kept}
     window = trained.get("seq_length")
@@ -41,5 +41,5 @@ def settings_for(folder: str) -> dict[str, Any]:
         sequential = "parallel_residual=false"
         models = [trained.get("model", f"pythia:{sequential}"), f"mqa:{sequential}"]
     path, _ = trained_folder(folder)
-    of_model = trained_shape(folder) | {"tokenizer": str(path), "start_from": folder}
+    of_model = shape | {"tokenizer": str(path), "start_from": folder}
     return of_run | of_model | {"models": models}

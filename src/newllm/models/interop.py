@@ -73,7 +73,7 @@ def trained_folder(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     path = model_folder(folder)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"] == "gpt_neox" or config["layer_specs"]:
+        if config["model_type"] == "gpt_neox" or {*map(type, config["layer_specs"])} == {dict}:
             return path, config
     except (ValueError, KeyError, TypeError):
         pass
@@ -99,7 +99,7 @@ def trained_residuals(folder: str | Path) -> list[bool]:
     """Of each layer of the model in the folder whether attention and MLP read the same, see `PythiaLayer`."""
     _, config = trained_folder(folder)
     if config["model_type"] == "gpt_neox":
-        return [bool(config.get("use_parallel_residual", True))] * config["num_hidden_layers"]
+        return [bool(config.get("use_parallel_residual", True))] * int(config["num_hidden_layers"])
     return [bool(spec.get("parallel_residual", True)) for spec in config["layer_specs"]]
 
 
