@@ -132,8 +132,7 @@ def test_every_parameter_of_our_layers_has_a_gradient_in_every_step(name, option
         phase(ids, labels=ids)["loss"].backward()
         assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         model.zero_grad()
-        if first is not None:
-            first.freeze()
+        model.freeze_first_phase()
 
 
 @pytest.mark.parametrize(
