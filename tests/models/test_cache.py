@@ -12,7 +12,8 @@ from newllm.evaluation.checks import CHECK_SHAPE, check_layer_types
 from newllm.models import create_model, load_model
 from newllm.models.cache import PRECISIONS, KeyValueState, LatentState, LMCache, RecurrentState, TokenState
 from newllm.models.layers import LAYER_TYPES
-from newllm.ops.quantize import BITS, dequantize, quantize
+from newllm.ops import native
+from newllm.ops.quantize import BITS, Quantized, dequantize, quantize
 
 QUANTISED = list(BITS)
 TYPES = [name for name, cls in LAYER_TYPES.items() if cls.__module__.startswith("newllm.models")]
@@ -391,3 +392,17 @@ def test_what_a_quantised_cache_refuses():
         exported = model(torch.randint(61, (1, 4)), use_cache=True).past_key_values.export()
     with pytest.raises(ValueError, match="precision 'model' cannot hold keys"):
         model.make_cache("model").restore(exported)
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize("name", ["pythia", "gqa", "v_dproj", "mla", "mla_rope", "infini_adapter"])
+def test_a_token_is_decoded_from_codes_as_they_lie(name, precision, monkeypatch):
+    if native.library() is None:
+        pytest.skip("no C++ compiler here")
+    model, ids = create_model(name, **CHECK_SHAPE, cache_precision=precision).eval(), torch.randint(61, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits[:, 8:]
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        monkeypatch.setattr(Quantized, "numbers", lambda *_: pytest.fail("all codes of the cache were made numbers"))
+        found = model(ids[:, 8:], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
