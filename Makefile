@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## compare four token mixers on the embedded corpus, a
 test: $(VENV)/.installed-test  ## every test
 	$(BIN)/python -m pytest -n 2
 
-test-experiments: $(VENV)/.installed-test  ## the command of every experiment with a budget of 20,000 tokens: about six minutes
+test-experiments: $(VENV)/.installed-test  ## the command of every experiment with a budget of 20,000 tokens: about eight minutes
 	$(BIN)/python -m pytest -n 2 -m experiments
 
 lint: $(VENV)/.installed-test
