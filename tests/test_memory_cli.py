@@ -72,6 +72,14 @@ def test_absorbing_reads_window_by_window(place, memory):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+def test_a_path_may_begin_with_the_home_folder(place, memory, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    assert run("absorb", "~/infini", "~/book.txt", "--out=~/home.memory") == 0
+    assert run("absorb", "~/infini", "~/book.txt", "--into=~/home.memory") == 0
+    assert run("show", "~/home.memory", "--model=~/infini") == 0
+    assert read_memory("~/home.memory")[0].tokens_read == 2 * read_memory(memory)[0].tokens_read
+
+
 def test_it_tells_what_was_read(place, tmp_path, capsys):
     assert run("absorb", place / "infini", place / "book.txt", "--out", tmp_path / "a.memory", "--window", 16) == 0
     out = capsys.readouterr().out

@@ -253,6 +253,7 @@ def test_a_table_of_100_columns_then_one_line_of_json(here, capsys):
         (TrainBench(models=["pithia"]), "did you mean 'pythia'"),
         (TrainBench(models=[]), "--models is empty"),
         (TrainBench(seq_lengths=[]), "--seq-lengths is empty"),
+        (TrainBench(seq_lengths=[8, 10**9]), "a window of 1,000,000,000 tokens is too long"),
         (DecodeBench(contexts=[]), "--contexts is empty"),
         (DecodeBench(batch_sizes=[]), "--batch-sizes is empty"),
         (MemoryBench(contexts=[]), "--contexts is empty"),

@@ -26,17 +26,18 @@ FLAGS = [part for name, value in SMALL.items() for part in (f"--{name.replace('_
 
 
 def test_from_nothing_to_the_report(tmp_path, monkeypatch, capsys):
-    """In the folders where the commands meet by default, the control's histories included."""
+    """In the folders where the commands meet by default, the control's histories included; ~ is the home folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     few = ["--train-tasks", "4", "--validation-tasks", "2", "--test-tasks", "3", "--history-steps", "48"]
     assert main(["vintix", "collect", *few, "--score-episodes", "4"]) == 0
     histories = "runs/vintix-point_reacher/histories"
     flags = [*FLAGS, "--target", "demonstrator", "--jobs", "1"]
-    assert main(["vintix", "train", histories, *flags, "--seeds", "4", "--control-seeds", "0"]) == 0
+    assert main(["vintix", "train", f"~/{histories}", *flags, "--seeds", "4", "--control-seeds", "0"]) == 0
     control = json.loads((tmp_path / f"{histories}-demonstrator_only" / "metadata.json").read_text())
     assert control["collect"]["noise_free_share"] == 1
     flags = ["--episodes", "2", "--headline-episode", "2", "--resamples", "20"]
-    assert main(["vintix", "evaluate", "runs/vintix-point_reacher", *flags]) == 0
+    assert main(["vintix", "evaluate", "~/runs/vintix-point_reacher", *flags]) == 0
     said = capsys.readouterr().out
     assert "in-context score: of later episodes in validation tasks; 0 is random play, 1 the demonstrator" in said
     for line in ("context reset: the same, its context emptied at every episode", "blind demonstrator: takes every"):

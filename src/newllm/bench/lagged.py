@@ -42,7 +42,7 @@ def bench_lagged(settings: LaggedBench, progress: Progress) -> dict[str, Any]:
     work |= {"precision": precision, "warmup": settings.warmup, "steps": settings.steps}
     subject = {"model": settings.model} | settings.shape()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        work["ids"] = text_ids(Path(folder), settings.vocab_size, progress)
+        work["ids"] = text_ids(Path(folder), settings.vocab_size, progress, settings.seq_length)
         progress("lagged: starting")
         workers = start_workers(stack, settings.methods)
         for worker in workers:

@@ -21,6 +21,7 @@ import torch
 
 from newllm.bench.settings import BenchSettings, LayerBench
 from newllm.devices import machine_info
+from newllm.errors import UserError
 from newllm.evaluation.processes import Worker
 from newllm.evaluation.timing import mean_of_medians
 from newllm.resolution import resolve
@@ -61,12 +62,14 @@ def subject_name(subject: dict[str, Any]) -> str:
     return subject.get("rival") or subject["model"]
 
 
-def text_ids(folder: Path, vocab_size: int, progress: Progress) -> str:
-    """Token ids of the embedded corpus, in a file for the workers."""
+def text_ids(folder: Path, vocab_size: int, progress: Progress, longest: int = 0) -> str:
+    """Token ids of the embedded corpus, in a file for the workers. Raises UserError where `longest` does not fit in."""
     from newllm.data import prepare
 
     data: DataSettings = resolve(RunSettings())
     ids = np.asarray(prepare(data, progress).splits["train"].ids) % vocab_size
+    if longest >= len(ids):
+        raise UserError(f"a window of {longest:,} tokens is too long: choose fewer than the text's {len(ids):,}")
     np.save(folder / "ids.npy", ids)
     return str(folder / "ids.npy")
 

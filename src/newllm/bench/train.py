@@ -26,7 +26,7 @@ def bench_train(settings: TrainBench, progress: Progress) -> dict[str, Any]:
     precision = resolve_precision(settings.precision, device)
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        ids = text_ids(Path(folder), settings.vocab_size, progress)
+        ids = text_ids(Path(folder), settings.vocab_size, progress, max(settings.seq_lengths))
         for length in settings.seq_lengths:
             label = f"train {settings.batch_size} × {length}"
             work: dict[str, Any] = {"batch_size": settings.batch_size, "seq_length": length, "precision": precision}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from newllm.cli.registry import PLACE, command
+from newllm.paths import user_path
 from newllm.resolution import resolve
 from newllm.settings import DataSettings, EvaluationSettings, ExperimentSettings, RunSettings, ShapeSettings
 
@@ -108,7 +109,7 @@ def evaluate(parser: Parser, argv: list[str]) -> int:
     recall = ("recall_segment", "recall_distances", "recall_facts", "recall_windows")
     parser.add_settings(RunSettings, (DataSettings, EvaluationSettings, *recall, *PLACE, "precision"))
     arguments = parser.parse(argv)
-    folder = Path(arguments.folder)
+    folder = user_path(arguments.folder)
     base = run.settings_of(folder, arguments.tasks)
     settings = parser.settings(parser.parse(argv, vars(base)), base)
     results = run.evaluate(folder, arguments.tasks, settings, arguments.cache_precision)
@@ -161,7 +162,7 @@ def report(parser: Parser, argv: list[str]) -> None:
     arguments = parser.parse(argv)
     from newllm.experiments.report import write_report
 
-    print(f"report: {write_report(Path(arguments.folder))}")
+    print(f"report: {write_report(user_path(arguments.folder))}")
 
 
 @command(

@@ -7,7 +7,6 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -23,6 +22,7 @@ from newllm.bench.train import bench_train
 from newllm.errors import UserError
 from newllm.evaluation.processes import WorkerError
 from newllm.experiments.terminal import table_console
+from newllm.paths import user_path
 
 SHORT = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -65,7 +65,7 @@ def run(settings: TrainBench | DecodeBench | MemoryBench | ReadingBench | Growth
         from newllm.commands.growth_plot import growth_figure
         from newllm.commands.plot_page import write_page
 
-        write_page(growth_figure(result), Path(settings.plot))
+        write_page(growth_figure(result), user_path(settings.plot))
         print(f"plot: {settings.plot}", file=sys.stderr)
     return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -17,6 +16,7 @@ from newllm.experiments.figures import figure, number
 from newllm.experiments.results import finite
 from newllm.experiments.statistics import Estimate, estimate
 from newllm.experiments.terminal import table_console
+from newllm.paths import user_path
 
 
 def run(settings: LaggedBench) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def run(settings: LaggedBench) -> dict[str, Any]:
         from newllm.commands.lagged_plot import quality_figure
         from newllm.commands.plot_page import write_page
 
-        write_page(quality_figure(result), Path(settings.plot))
+        write_page(quality_figure(result), user_path(settings.plot))
         print(f"plot: {settings.plot}", file=sys.stderr)
     return result
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from newllm.commands.flags import check_config, read_yaml
 from newllm.errors import UserError
-from newllm.paths import model_folder
+from newllm.paths import model_folder, user_path
 from newllm.resolution import resolve
 from newllm.settings import RunSettings
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenizerBase]:
     """The model and tokenizer of a folder; or an untrained model by name, which is said on standard error."""
-    folder = Path(settings.model)
+    folder = user_path(settings.model)
     if folder.is_file():
         raise UserError(f"{folder} is a file: give a run folder, a model folder, or the name of a preset")
     if folder.name != settings.model and not folder.is_dir():
@@ -65,7 +65,7 @@ def need_folder(folder: Path) -> None:
 
 def run_config(folder: Path | str) -> dict[str, Any]:
     """The settings in config.yaml of a run folder, checked; {} for a model folder."""
-    path = Path(folder) / "config.yaml"
+    path = user_path(str(folder)) / "config.yaml"
     if not path.is_file():
         return {}
     values = read_yaml(path)
@@ -78,7 +78,7 @@ def plugin_of(folder: Path | str, given: str | None) -> str | None:
     """The Python file with the layers of a saved model: the one given, else the one its run was trained with."""
     trained_with = run_config(folder).get("plugin")
     plugin = given or trained_with
-    if plugin is not None and plugin == trained_with and not Path(plugin).is_file():
+    if plugin is not None and plugin == trained_with and not user_path(plugin).is_file():
         raise UserError(
             f"plugin {plugin} not found, by which {folder} was trained: say where it is now with --plugin FILE.py"
         )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from newllm.commands.folders import need_folder, open_model, run_config
 from newllm.commands.generate import GenerateSettings, check_sampling, continue_text, read_prompt
 from newllm.errors import UserError
+from newllm.paths import user_path
 from newllm.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def absorb(settings: AbsorbSettings, text: str) -> None:
             raise UserError(f"--{name} is {value}: it must be at least {least}")
     out = output_file(settings)
     model, tokenizer = open_trained(settings)
-    window = settings.window or training_window(Path(settings.model))
+    window = settings.window or training_window(user_path(settings.model))
     before = None if settings.into is None else load_one_row(model, settings.into)
     ids = encode(tokenizer, read_text(text))
     if settings.skip >= len(ids):
@@ -168,7 +169,7 @@ def token_scores(model: TransformerLM, tokenizer: PreTrainedTokenizerBase, text:
 
 def open_trained(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenizerBase]:
     """The model of a folder, which must have a memory, and its tokenizer."""
-    need_folder(Path(settings.model))
+    need_folder(user_path(settings.model))
     model, tokenizer = open_model(settings)
     try:
         model.memory_layers()
@@ -203,12 +204,11 @@ def output_file(settings: AbsorbSettings) -> Path:
     out = settings.out or settings.into
     if out is None:
         raise UserError("--out is missing: name the memory file to write, for example --out book.memory")
-    path = Path(out)
+    path = user_path(out)
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: name a file, for example --out {path / 'book.memory'}")
-    if path.exists() and (
-        settings.into is None or not Path(settings.into).exists() or not path.samefile(settings.into)
-    ):
+    into = None if settings.into is None else user_path(settings.into)
+    if path.exists() and (into is None or not into.exists() or not path.samefile(into)):
         raise UserError(f"--out {path} is there already: choose another name, or go on from it with --into {path}")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"--out {path}: no folder {path.parent} that can be written to")
@@ -226,7 +226,7 @@ def training_window(folder: Path) -> int:
 def read_text(name: str) -> str:
     """The text of a file, or of standard input for '-'."""
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else user_path(name).read_bytes()
         name = "standard input" if name == "-" else name
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

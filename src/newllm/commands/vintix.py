@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from newllm.errors import UserError
+from newllm.paths import user_path
 from newllm.vintix.settings import CollectSettings, VintixBench, VintixRun, VintixSettings
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def collect(settings: VintixSettings, out: str | None) -> Path:
     """Collects into OUT, or into histories/ of the default folder."""
     from newllm.vintix.collect import collect as run
 
-    folder = Path(out) if out is not None else default_folder([settings.environment]) / "histories"
+    folder = user_path(out) if out is not None else default_folder([settings.environment]) / "histories"
     run(settings, folder)
     print(f"histories: {folder}")
     return folder
@@ -51,14 +52,14 @@ def train(settings: VintixSettings, data: list[str], out: str | None) -> Path:
     settings.check_model()
     settings.check_train()
     device = resolve_device(settings.device)
-    folders = [Path(name) for name in data]
+    folders = [user_path(name) for name in data]
     told = [read_metadata(folder) for folder in folders]
     for metadata in told:  # before histories of the control are collected, which takes minutes
         check_context(settings.context, metadata["name"], min(entry["steps"] for entry in metadata["histories"]))
     names = [metadata["name"] for metadata in told]
     if len(set(names)) < len(names):
         raise UserError(f"the same family of tasks twice: {' '.join(names)}")
-    folder = Path(out) if out is not None else default_folder(names)
+    folder = user_path(out) if out is not None else default_folder(names)
     make_folder(folder)
     runs = [_run(settings, seed, False) for seed in settings.seeds]
     runs += [_run(settings, seed, True) for seed in settings.control_seeds]
@@ -191,11 +192,11 @@ def evaluate(settings: VintixSettings, folders: list[str], out: str | None) -> P
     from newllm.vintix.evaluate import evaluate as run
     from newllm.vintix.report import write_report
 
-    folder = Path(out) if out is not None else Path(folders[0])
+    folder = user_path(out) if out is not None else user_path(folders[0])
     if out is not None:
         make_folder(folder)
     command = shlex.join(["newllm", *sys.argv[1:]])
-    results = json.loads(run([Path(name) for name in folders], settings, folder, command).read_text())
+    results = json.loads(run([user_path(name) for name in folders], settings, folder, command).read_text())
     report = write_report(folder)
     for family in results["families"]:
         print_scores(family, settings.headline_episode)

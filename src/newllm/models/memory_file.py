@@ -18,6 +18,7 @@ from torch import Tensor
 from newllm import __version__
 from newllm.errors import UserError, first_line
 from newllm.models.memory import MemoryTensors, count_rows
+from newllm.paths import user_path
 
 if TYPE_CHECKING:
     from newllm.models import TransformerLM
@@ -103,7 +104,7 @@ def read_memory(path: str | Path) -> tuple[MemoryFile, MemoryTensors]:
     Raises:
         UserError: no such file, not a memory file, one of another format version, or not as it was written.
     """
-    path = Path(path)
+    path = user_path(str(path))
     if not path.is_file():
         raise UserError(f"{path}: no such memory file; `newllm memory absorb` writes one")
     try:

@@ -41,7 +41,7 @@ def collect(settings: CollectSettings, out: Path, say: Callable[[str], None] = p
     settings.check_collect()
     require("h5py")
     family = task_family(settings)
-    out = out.expanduser().absolute()
+    out = out.absolute()
     if _collected_before(out, settings, family):
         say(f"{out} has these histories already")
         return out
