@@ -44,7 +44,13 @@ def naive(model, ids):
     for t in range(ids.shape[1]):
         x = embeddings[:, t]
         if config.mode == "continuous" and t:
-            h = normalise(states[-1])
+            h = states[-1]
+            if config.feedback != "state":
+                probabilities = model.head(model.norm(h)).softmax(-1)
+                if config.feedback == "word":
+                    probabilities = F.one_hot(probabilities.argmax(-1), probabilities.shape[-1]).double()
+                h = probabilities @ model.embed.weight
+            h = normalise(h)
             back = h @ model.proj.weight.T
             if config.input == "fuse":
                 both = torch.cat([normalise(x), h], dim=-1)
@@ -66,6 +72,9 @@ def naive(model, ids):
     [
         *RECURRENT,
         "continuous_fuse:position=none",
+        "continuous_fuse:feedback=distribution",
+        "continuous_fuse:feedback=word",
+        "continuous:feedback=distribution",
         "continuous_combined:extra_passes=2",
         "discrete_extra_3",
         "discrete_extra_3:pass_residual=true",
@@ -77,7 +86,9 @@ def test_forward_is_the_true_recurrence_of_the_formulas(name):
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize(
+    "name", [*RECURRENT, *(f"continuous_fuse:feedback={kind}" for kind in ("distribution", "word"))]
+)
 def test_as_many_passes_as_tokens_are_the_true_recurrence_gradients_included(name):
     model, ids = make(name).train(), torch.randint(61, (2, 6))
     true = model(ids, labels=ids).loss
@@ -252,6 +263,8 @@ def test_a_saved_model_comes_back_as_what_it_was(tmp_path):
     [
         ({"mode": "analogue"}, "'discrete' or 'continuous'"),
         ({"input": "add"}, "'replace' or 'fuse'"),
+        ({"feedback": "words"}, "'state' or 'distribution' or 'word'"),
+        ({"feedback": "word", "mode": "discrete"}, "feedback says what mode=continuous feeds back"),
         ({"extra_passes": -1}, "whole number"),
         ({"use_h1": True}, "extra_passes"),
         ({"use_h1": 1, "extra_passes": 1}, "true or false"),

@@ -26,6 +26,7 @@ from newllm.ops.loss import IGNORED
 
 MODES = ("discrete", "continuous")
 INPUTS = ("replace", "fuse")
+FEEDBACKS = ("state", "distribution", "word")
 
 
 class ContinuousConfig(LMConfig):
@@ -35,6 +36,8 @@ class ContinuousConfig(LMConfig):
         mode: 'discrete' is an ordinary language model; 'continuous' feeds its hidden state back.
         input: with mode 'continuous', 'replace' reads the fed-back state in place of the token; 'fuse' adds it to the
             token's embedding through a gate.
+        feedback: 'state' feeds the state as it is; 'distribution' what is left of it as probabilities of the next
+            word, the mean of all embeddings weighed by them; 'word' the embedding of the most likely one.
         extra_passes: further passes through the same layers, from h₁ to what the head reads.
         use_h1: the head reads a learned combination of first and last pass.
         pass_residual: a further pass reads h₁ + W₂ h̄₁ in place of W₂ h̄₁.
@@ -48,6 +51,7 @@ class ContinuousConfig(LMConfig):
 
     mode: str = "continuous"
     input: str = "replace"
+    feedback: str = "state"
     extra_passes: int = 0
     use_h1: bool = False
     pass_residual: bool = False
@@ -56,6 +60,7 @@ class ContinuousConfig(LMConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         check_choice("mode", self.mode, MODES)
         check_choice("input", self.input, INPUTS)
+        check_choice("feedback", self.feedback, FEEDBACKS)
         check_count("extra_passes", self.extra_passes, least=0)
         check_switch("use_h1", self.use_h1)
         check_switch("pass_residual", self.pass_residual)
@@ -66,6 +71,8 @@ class ContinuousConfig(LMConfig):
         super().__post_init__(**kwargs)
         if not math.isfinite(self.gate_bias):
             raise UserError(f"gate_bias is {self.gate_bias}: it must be a finite number")
+        if self.feedback != "state" and self.mode != "continuous":
+            raise UserError("feedback says what mode=continuous feeds back, and this model feeds nothing: leave it out")
         if self.gate_bias and (self.mode, self.input) != ("continuous", "fuse"):
             raise UserError("gate_bias is that of the gate of input=fuse, which this model has not: leave it out")
 
@@ -77,6 +84,9 @@ class ContinuousLM(ManyPassesLM, RecurrentLM):
         discrete   x_t = e_t
         replace    x_t = W h̄_{t−1}                                             h̄ = LayerNorm(h), without parameters
         fuse       x_t = e_t + g_t ⊙ W h̄_{t−1},  g_t = σ(W_g [ē_t; h̄_{t−1}] + b_g)
+
+    By `feedback`, s_{t−1} stands in place of h_{t−1}: with p = softmax of the logits after token t − 1, the control
+    'distribution' has s = Σ_w p_w e_w and 'word' s = e_w of the w with the largest p.
 
     Where nothing is fed back (h_{t−1} = 0, as at the first token) all three read e_t: the model of a discrete pass is
     an ordinary language model. The gate is a function of both its inputs, for each number: a gate that is a learned
@@ -133,12 +143,23 @@ class ContinuousLM(ManyPassesLM, RecurrentLM):
     def _read(self, input_ids: Tensor, lagged: Tensor) -> Tensor:
         """x (B, T, D) of tokens (B, T) and the states before them (B, T, D)."""
         e = self.embed(input_ids)
-        lagged = lagged.to(e.dtype)
+        lagged = self._said(lagged.to(e.dtype))
         back = self.proj(lagged)
         if self.config.input == "replace":
             return torch.where(lagged.any(dim=-1, keepdim=True), back, e)
         gate = torch.sigmoid(self.gate(torch.cat([normalised(e), normalised(lagged)], dim=-1)))
         return e + gate * back
+
+    def _said(self, states: Tensor) -> Tensor:
+        """What `feedback` leaves of states (B, T, D) on the way to a word; zeros, which are no state, stay zeros."""
+        if self.config.feedback == "state":
+            return states
+        logits = self.head(self.norm(states))
+        if self.config.feedback == "word":
+            said = self.embed(logits.argmax(dim=-1))
+        else:
+            said = (logits.softmax(dim=-1) @ self.embed.weight).to(states.dtype)
+        return torch.where(states.any(dim=-1, keepdim=True), said, 0)
 
     def _think(
         self,
