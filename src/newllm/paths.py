@@ -33,15 +33,33 @@ def model_folder(name: str | Path) -> Path:
 
 
 def spelt_alike(name: str) -> str:
-    """What a path is called wherever it is given from: its last part. A name that is no path stays as it is."""
+    """What a path is called wherever it is given from: its last part. A name that is no path stays as it is.
+
+    Bytes of a file name that are no UTF-8 are given as \\xe9: what is named so is written down, and printed.
+    """
     path = user_path(name)
-    return path.resolve().name if path.exists() else name
+    if not path.exists():
+        return name
+    return path.resolve().name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def weights_hash(folder: Path) -> str:
     """Identifies the weights of a run folder or model folder, wherever it is."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("model/*.safetensors")])
     return _content_hash(tuple((file, file.stat().st_mtime_ns) for file in files))
+
+
+_plugins_as_run: dict[Path, str] = {}
+
+
+def plugin_is_run(file: Path) -> None:
+    """From now on `plugin_hash` is that of the code as it stands here, which is about to be run."""
+    _plugins_as_run[file.resolve()] = hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def plugin_hash(file: Path) -> str:
+    """Identifies the code of a plugin: as this process has run it, since whoever waits for a run may edit the file."""
+    return _plugins_as_run.get(file.resolve()) or hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from newllm.paths import spelt_alike, user_path, weights_hash
+from newllm.paths import plugin_hash, spelt_alike, user_path, weights_hash
 
 CONFIGS_FOLDER = Path(__file__).parent / "experiments" / "configs"
 
@@ -326,7 +326,7 @@ class RunSettings(CommonSettings):
         if self.tokenizer is not None:
             values["tokenizer"] = spelt_alike(self.tokenizer)
         if self.plugin is not None:
-            values["plugin"] = hashlib.sha256(user_path(self.plugin).read_bytes()).hexdigest()
+            values["plugin"] = plugin_hash(user_path(self.plugin))
         if self.start_from is not None:
             values["start_from"] = weights_hash(user_path(self.start_from))
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

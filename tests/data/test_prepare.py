@@ -81,6 +81,17 @@ def test_another_spelling_of_a_path_is_the_same_text(corpus, tmp_path, monkeypat
     assert len({RunSettings(data=data).hash() for data in (".", "hf:.", "hf:./sub/..")}) == 2
 
 
+def test_a_folder_whose_name_is_no_text_is_told_by_its_bytes(corpus, tmp_path, monkeypatch):
+    folder = tmp_path / "caf\udce9"
+    try:
+        folder.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this system has no such names")
+    shutil.copy(corpus, folder)
+    monkeypatch.chdir(folder)
+    assert prepare(settings(".", tmp_path)).info["corpus"] == r"caf\xe9"
+
+
 def test_cache_notices_changed_text_and_settings(corpus, tmp_path):
     fingerprints = {
         prepare(settings(corpus, tmp_path, **v)).fingerprint for v in ({}, {"vocab_size": 290}, {"test_share": 0.1})

@@ -352,6 +352,38 @@ def test_runs_in_another_precision_are_not_taken_over_as_if_it_were_the_same(tex
     assert capsys.readouterr().out.count(f"were computed in {there}, and those of this comparison are in {here}") == 2
 
 
+def test_a_folder_from_a_machine_of_another_precision_is_not_gone_on_in(text, finished, tmp_path, monkeypatch):
+    """Its runs would be kept beside ours, and be taken for runs in our precision ever after."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    results = json.loads((out / "results.json").read_text())
+    results["machine"]["native_bf16"] = not results["machine"]["native_bf16"]
+    (out / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(run, "train", lambda *arguments: pytest.fail("it was trained"))
+    with pytest.raises(UserError, match=r"its runs were computed in (bf16|float32), .* --reuse"):
+        compare(tiny(text, out, seeds=[0, 1]))
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_what_a_plugin_was_is_told_by_the_code_that_ran(text, tmp_path, monkeypatch):
+    """Not by what the file holds when the run has ended: whoever waits for a run edits it."""
+    plugin = tmp_path / "edited.py"
+    plugin.write_text(OWN.replace('"own"', '"edited"'))
+    trained = []
+    train = run.train
+
+    def then_edit(one, *rest):
+        result = train(one, *rest)
+        trained.append(one.model)
+        plugin.write_text(plugin.read_text() + "    extra = 1\n")
+        return result
+
+    monkeypatch.setattr(run, "train", then_edit)
+    settings = tiny(text, tmp_path / "out", models=["edited"], plugin=str(plugin))
+    for _ in range(2):
+        compare(settings)
+    assert trained == ["edited", "edited"], "the second time it is another model"
+
+
 def test_a_file_that_is_no_comparison_is_refused_before_anything_trains(text, tmp_path):
     (tmp_path / "half.json").write_text('{"rows": [')
     other = "not valid JSON .*, give a results.json written by"

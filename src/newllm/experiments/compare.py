@@ -70,6 +70,7 @@ def compare(settings: ExperimentSettings) -> Path:
     out = resolve_out(settings)
     make_folder(out)
     refuse_other_folder(out)
+    refuse_other_precision(out, settings)
     console = table_console()
     earlier = [(path, read_results(user_path(path))) for path in settings.reuse] + taken_before(out)
     runs = planned_runs(settings)
@@ -123,6 +124,20 @@ def refuse_other_folder(out: Path) -> None:
     for path in shown_files(out):
         if path.is_dir():
             raise UserError(f"--out {out}: {path.name} is a folder there: choose another folder")
+
+
+def refuse_other_precision(out: Path, settings: ExperimentSettings) -> None:
+    """Raises UserError where the folder's runs were computed in what --precision auto was on another machine: beside
+    them, or continued from them, ours would be others by their arithmetic, and the results would not say so."""
+    if settings.precision != "auto" or not (out / FILE_NAME).is_file():
+        return
+    results, ours = read_results(out), {"settings": {"device": settings.device}, "machine": machine_info()}
+    here, there = computed_in(ours), computed_in(results)
+    if results["settings"].get("precision") == "auto" and there != here:
+        raise UserError(
+            f"--out {out}: its runs were computed in {there}, which --precision auto was on that machine; here it is "
+            f"{here}: choose another folder, with --precision {there} --reuse {out} to take over what is finished"
+        )
 
 
 def taken_before(out: Path) -> list[tuple[str, Results]]:

@@ -17,7 +17,7 @@ from newllm.models.config import LMConfig
 from newllm.models.layers.base import LAYER_TYPES, PLUGIN_PRESETS, PRESETS_FOLDER, layer_type
 from newllm.models.options import check_count
 from newllm.models.transformer import ARCHITECTURES, TransformerLM
-from newllm.paths import model_folder, user_path
+from newllm.paths import model_folder, plugin_is_run, user_path
 
 
 def register_preset(name: str, layers: list[dict[str, Any]], about: str = "") -> None:
@@ -209,6 +209,7 @@ def load_plugin(path: str | Path) -> list[str]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
+        plugin_is_run(path)
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         kind = [] if isinstance(error, UserError) else [type(error).__name__]
