@@ -70,6 +70,16 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"newllm {__version__}\n"
 
 
+def test_what_an_output_cannot_show_ends_no_command(tmp_path):
+    """In an encoding of Western Europe there is no ellipsis, and some file names are no text in any."""
+    code = "from newllm import cli; code = cli.main(['--help']); print('caf\\udce9'); raise SystemExit(code)"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert rb"usage: newllm COMMAND [--help] \u2026" in process.stdout
+    assert process.stdout.endswith(rb"caf\udce9" + b"\n")
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_with_examples(name, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -5,6 +5,7 @@ import json
 import platform
 import sys
 
+import numpy as np
 import pytest
 import torch
 from here_worker import HereWorker
@@ -139,6 +140,12 @@ def test_bandwidth_is_that_of_the_fastest_reduction(monkeypatch):
 
 
 # The three benchmarks.
+
+
+def test_the_text_serves_a_vocabulary_of_any_size(tmp_path):
+    """Also one that does not fit into the two bytes in which its ids are kept."""
+    for vocab_size in (64, 100_000):
+        assert np.load(rounds.text_ids(tmp_path, vocab_size, quiet)).max() < vocab_size
 
 
 def test_training_is_compared_with_rivals_and_the_first_model(here):

@@ -174,6 +174,11 @@ def test_state_is_measured_at_each_mark_and_drawn(tmp_path, capsys):
         assert words in page
 
 
+def test_a_plot_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    growth_settings(plot="~/growth.html").check()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

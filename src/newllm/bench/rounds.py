@@ -67,7 +67,7 @@ def text_ids(folder: Path, vocab_size: int, progress: Progress, longest: int = 0
     from newllm.data import prepare
 
     data: DataSettings = resolve(RunSettings())
-    ids = np.asarray(prepare(data, progress).splits["train"].ids) % vocab_size
+    ids = np.asarray(prepare(data, progress).splits["train"].ids, dtype=np.int64) % vocab_size
     if longest >= len(ids):
         raise UserError(f"a window of {longest:,} tokens is too long: choose fewer than the text's {len(ids):,}")
     np.save(folder / "ids.npy", ids)

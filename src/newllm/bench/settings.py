@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from newllm.bench.rivals import NAMES, Rival
 from newllm.errors import UserError, flag, nearest
+from newllm.paths import user_path
 from newllm.settings import Precision
 
 
@@ -98,7 +98,7 @@ class BenchSettings(ModelBench):
 
 def check_plot(path: str | None) -> None:
     """Raises UserError if a plot could not be written there."""
-    if path is not None and not (path.endswith(".html") and Path(path).parent.is_dir()):
+    if path is not None and not (path.endswith(".html") and user_path(path).parent.is_dir()):
         raise UserError(f"--plot is '{path}': it must be an .html file in a folder that exists")
 
 

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a check failed or something unforeseen, 2 wrong input (one
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from importlib import import_module
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     # Libraries report every file they load; what matters is said by the commands themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _open_closed_streams()
+    _make_streams_usable()
     try:
         return _dispatch(argv)
     except UserError as error:
@@ -73,11 +74,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _open_closed_streams() -> None:
-    """A standard stream that was closed by the caller, as by `<&-`, is an empty one; Python leaves None there."""
+def _make_streams_usable() -> None:
+    """A standard stream that was closed by the caller, as by `<&-`, is an empty one; Python leaves None there.
+
+    What an output cannot show, in an encoding that has no such character or in a file name that is no text, it shows by
+    its number: no reason to lose what was measured.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+        elif mode == "w" and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -136,7 +136,15 @@ PERPLEXITY_COLUMNS = [
 ]
 COST_COLUMNS = [
     Column("tokens", "Trained on", "tokens", "", "Tokens seen in training, repeats included: the budget really used."),
-    Column("seconds", "Training time", "s", "", "Wall time of the run; the machine may have done other things.", 3),
+    Column(
+        "seconds",
+        "Training time",
+        "s",
+        "",
+        "Wall time of training on these tokens, without a first phase or distillation; the machine may have done other "
+        "things.",
+        3,
+    ),
     Column(
         "cache_bytes_per_token",
         "Cache used",
