@@ -126,6 +126,7 @@ CASES = {
     "text in a list of numbers": ([*COMPARE, "--seeds", "0", "one"], "--seeds is 'one': it must be a whole number"),
     # values
     "negative budget": ([*COMPARE, "--max-tokens", "-5"], "--max-tokens is -5: it must be greater than 0"),
+    "epochs without end": ([*COMPARE, "--epochs", "1e20"], "--epochs is 1e+20: it must be at most 1,000,000,000"),
     "zero batch": ([*COMPARE, "--batch-size", "0"], "--batch-size is 0: it must be greater than 0"),
     "window of one token": ([*COMPARE, "--seq-length", "1"], "--seq-length is 1: it must be at least 2"),
     "position window of one token": ([*COMPARE, "--position-window", "1"], "--position-window is 1: it must be at"),

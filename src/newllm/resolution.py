@@ -80,6 +80,8 @@ SHARES = (
 
 MOST_THREADS = 1024
 """With many more torch's kernels end the process."""
+MOST_EPOCHS = 10**9
+"""Steps of many more could not be counted in 64 bits."""
 SEEDS = 2**32
 """NumPy takes no seed from here on."""
 
@@ -90,6 +92,10 @@ def check_values(settings: CommonSettings) -> None:
     for name, least in AT_LEAST.items():
         check_at_least(settings, least, name)
     check_shares(settings, *SHARES)
+    for name in ("epochs", "reconstruction_epochs"):
+        value = getattr(settings, name)
+        if value is not None and value > MOST_EPOCHS:
+            raise UserError(f"{flag(name)} is {value:g}: it must be at most {MOST_EPOCHS:,}")
     if settings.threads is not None:
         check_threads(settings.threads)
     for name in ("seed", "seeds"):

@@ -16,10 +16,14 @@ def settings(**changes):
     return resolve(RunSettings(**changes))
 
 
+def evaluation_steps(schedule):
+    return [step for step in range(schedule.total_steps + 2) if schedule.evaluates_after(step)]
+
+
 @given(steps=st.integers(1, 5000), evaluations=st.integers(1, 60))
 def test_evaluates_at_equal_distances_and_at_the_end(steps, evaluations):
     schedule = Schedule.of(steps, settings(max_tokens=10, evaluations=evaluations))
-    places = sorted(schedule.evaluation_steps)
+    places = evaluation_steps(schedule)
     assert places[-1] == steps
     assert len(places) == min(steps, evaluations)
     gaps = [b - a for a, b in zip([0, *places], places, strict=False)]
@@ -28,13 +32,26 @@ def test_evaluates_at_equal_distances_and_at_the_end(steps, evaluations):
 
 
 def test_more_evaluations_than_steps_are_one_after_each():
-    assert Schedule.evenly(3, 10**18).evaluation_steps == {1, 2, 3}
+    assert evaluation_steps(Schedule.evenly(3, 10**18)) == [1, 2, 3]
+
+
+@given(steps=st.integers(1, 5000), evaluations=st.integers(1, 5000))
+def test_the_places_are_rounded_multiples(steps, evaluations):
+    schedule = Schedule.evenly(steps, evaluations)
+    count = min(steps, evaluations)
+    assert evaluation_steps(schedule) == [round(n * steps / count) for n in range(1, count + 1)]
+
+
+def test_a_run_that_only_patience_ends_is_planned_at_once():
+    """A billion evaluations, one an epoch."""
+    schedule = Schedule.of(10**12, settings(epochs=1e9, patience=1))
+    assert [schedule.evaluates_after(step) for step in (999, 1000, 1001, 10**12)] == [False, True, False, True]
 
 
 @given(epochs=st.floats(1, 12), steps_per_epoch=st.integers(3, 200))
 def test_evaluates_at_least_once_an_epoch(epochs, steps_per_epoch):
     steps = math.ceil(epochs * steps_per_epoch)
-    places = sorted(Schedule.of(steps, settings(epochs=epochs, evaluations=1)).evaluation_steps)
+    places = evaluation_steps(Schedule.of(steps, settings(epochs=epochs, evaluations=1)))
     assert max(b - a for a, b in zip([0, *places], places, strict=False)) <= steps_per_epoch + 1
 
 

@@ -52,7 +52,7 @@ class Schedule:
 
     total_steps: int
     log_every: int
-    evaluation_steps: frozenset[int]
+    evaluations: int
 
     @classmethod
     def of(cls, total_steps: int, settings: RunSettings) -> Schedule:
@@ -64,10 +64,15 @@ class Schedule:
     @classmethod
     def evenly(cls, total_steps: int, evaluations: int) -> Schedule:
         """So many evaluations at equal distances, the last at the end; after each step where there are more."""
-        evaluations = min(evaluations, total_steps)
-        steps = {max(1, round(index * total_steps / evaluations)) for index in range(1, evaluations + 1)}
         log_every = min(max(1, total_steps // LOG_POINTS), LONGEST_LOG_WINDOW)
-        return cls(total_steps, log_every, frozenset(steps))
+        return cls(total_steps, log_every, min(evaluations, total_steps))
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether it is round(n · total_steps / evaluations) for an n from 1 to evaluations. They are not listed: of a
+        run that is to end by its patience alone, with epochs without number, they would fill the memory."""
+        near = round(step * self.evaluations / self.total_steps)
+        chosen = range(max(1, near - 1), min(self.evaluations, near + 1) + 1)
+        return any(round(n * self.total_steps / self.evaluations) == step for n in chosen)
 
 
 def evaluations_without_progress(log_history: list[dict[str, Any]]) -> int:
@@ -102,7 +107,7 @@ class ScheduledFlow(TrainerCallback):
         step = state.global_step
         due = time.monotonic() - self.last_save >= 60 * self.checkpoint_minutes
         self.interrupted, due = of_first((self.interrupted, due))  # Ctrl-C comes to every process, in another step
-        control.should_evaluate = step in self.schedule.evaluation_steps
+        control.should_evaluate = self.schedule.evaluates_after(step)
         control.should_log = control.should_evaluate or self.interrupted or step % self.schedule.log_every == 0
         control.should_save = control.should_evaluate or self.interrupted or (control.should_log and due)
         control.should_training_stop = self.interrupted or step >= self.schedule.total_steps
