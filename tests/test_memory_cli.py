@@ -246,6 +246,16 @@ def test_standard_input_is_called_by_its_name(place, tmp_path, monkeypatch, caps
         wrong(capsys, f"error: standard input: {what}", "absorb", place / "infini", "-", "--out", tmp_path / "a")
 
 
+def test_a_text_whose_name_is_no_text_is_told_by_its_bytes(place, tmp_path):
+    book = tmp_path / "caf\udce9.txt"
+    try:
+        book.write_text(BOOK)
+    except (OSError, UnicodeError):
+        pytest.skip("this system has no such names")
+    assert run("absorb", place / "infini", book, "--out", tmp_path / "out") == 0
+    assert read_memory(tmp_path / "out")[0].sources == [r"caf\xe9.txt"]
+
+
 def test_wrong_input_to_show_and_ask(place, memory, tmp_path, capsys):
     infini, prompt = place / "infini", ("--prompt", "The")
     wrong(capsys, "no such memory file", "show", tmp_path / "none.memory")

@@ -33,14 +33,14 @@ def model_folder(name: str | Path) -> Path:
 
 
 def spelt_alike(name: str) -> str:
-    """What a path is called wherever it is given from: its last part. A name that is no path stays as it is.
-
-    Bytes of a file name that are no UTF-8 are given as \\xe9: what is named so is written down, and printed.
-    """
+    """What a path is called wherever it is given from: its last part. A name that is no path stays as it is."""
     path = user_path(name)
-    if not path.exists():
-        return name
-    return path.resolve().name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return as_text(path.resolve().name) if path.exists() else name
+
+
+def as_text(file_name: str) -> str:
+    r"""A file name that can be written down: bytes of it that are no UTF-8 as in caf\xe9.txt."""
+    return file_name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def weights_hash(folder: Path) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from newllm.commands.folders import need_folder, open_model, run_config
 from newllm.commands.generate import GenerateSettings, check_sampling, continue_text, read_prompt
 from newllm.errors import UserError
-from newllm.paths import user_path
+from newllm.paths import as_text, user_path
 from newllm.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def absorb(settings: AbsorbSettings, text: str) -> None:
     read = read_windows(model, ids[settings.skip :], window)
     seconds = time.monotonic() - start
     if read:
-        sources = [*(before.sources if before else []), "standard input" if text == "-" else Path(text).name]
+        sources = [*(before.sources if before else []), "standard input" if text == "-" else as_text(Path(text).name)]
         tokens = read + (before.tokens_read if before else 0)
         save = partial(save_memory, model, tokens_read=tokens, sources=list(dict.fromkeys(sources)))
         try:

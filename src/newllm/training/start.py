@@ -21,7 +21,7 @@ from newllm.evaluation.reading import as_measured
 from newllm.models import TransformerLM
 from newllm.models.adaptation import adapt
 from newllm.models.interop import load_trained, trained_folder, trained_shape
-from newllm.paths import user_path
+from newllm.paths import spelt_alike, user_path
 from newllm.settings import CommonSettings, RunSettings
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def start_from(model: TransformerLM, settings: RunSettings, data: PreparedData) 
     if settings.distil_tokens:
         distil(source, model, settings, data)
         loss, before = token_weighted_loss(model, data.splits["validation"], settings), loss
-    return Start(user_path(settings.start_from).resolve().name, loss, before, own)
+    return Start(spelt_alike(settings.start_from), loss, before, own)
 
 
 def distil(source: TransformerLM, model: TransformerLM, settings: RunSettings, data: PreparedData) -> None:
