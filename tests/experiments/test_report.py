@@ -466,6 +466,17 @@ def test_records_edited_by_hand_are_told_in_one_line(tmp_path, edit, said):
     assert "\n" not in str(error.value)
 
 
+def test_seeds_whose_records_do_not_fit_together_are_told_in_one_line(tmp_path):
+    """Each by itself is as a comparison writes it; of one model, they cannot have different layers."""
+    results = make_results(2, 1)
+    layer = {"layer": 0, "type": "infini", "gates": [0.5], "fine_open": None}
+    for count, row in enumerate(results["rows"], start=1):
+        row["memories"] = {"ppl": 5.0, "closed_ppl": 6.0, "fine_closed_ppl": None, "layers": [layer] * count}
+    write_results(tmp_path, results)
+    with pytest.raises(UserError, match=rf"^{tmp_path}: rows side by side: something in it is not as"):
+        write_report(tmp_path)
+
+
 def test_results_can_be_named_themselves(tmp_path):
     path = write_results(tmp_path, make_results(1, 1))
     assert write_report(path) == write_report(tmp_path) == tmp_path / "report.html"

@@ -48,10 +48,11 @@ def write_report(folder: Path, *, checked: bool = False) -> Path:
 
 
 def check_shown(results: Results, where: str) -> None:
-    """Raises UserError for what no report can be made of: what it says of itself, or a row."""
+    """Raises UserError for what no report can be made of: what it says of itself, a row, or rows side by side."""
     _refuse_edited(results | {"rows": []}, {}, ("settings", "machine", "data"), where)
     for index, row in enumerate(results["rows"]):
         check_shown_row(row, f"{where}: row {index} ({row['model']}, seed {row['seed']})")
+    _refuse_edited(results, {}, (), f"{where}: rows side by side")
 
 
 def check_shown_row(row: Row, where: str) -> None:
