@@ -352,6 +352,17 @@ def test_runs_in_another_precision_are_not_taken_over_as_if_it_were_the_same(tex
     assert capsys.readouterr().out.count(f"were computed in {there}, and those of this comparison are in {here}") == 2
 
 
+def test_a_finished_run_that_does_not_say_on_which_text_is_another_run(text, finished, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finished, tmp_path / "out")
+    path = out / "mqa-seed0" / "result.json"
+    result = json.loads(path.read_text())
+    del result["data"]
+    path.write_text(json.dumps(result))
+    monkeypatch.setattr(run, "train", lambda *arguments: 1 / 0)
+    compare(tiny(text, out))
+    assert "mqa-seed0 holds a run with other settings or data: kept as mqa-seed0~old" in capsys.readouterr().out
+
+
 def test_a_folder_from_a_machine_of_another_precision_is_not_gone_on_in(text, finished, tmp_path, monkeypatch):
     """Its runs would be kept beside ours, and be taken for runs in our precision ever after."""
     out = shutil.copytree(finished, tmp_path / "out")

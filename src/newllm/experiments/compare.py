@@ -202,7 +202,7 @@ class Comparison:
         for index, run in enumerate(self.runs):
             folder = run_folder(self.out, run)
             result = read_result(folder)
-            if is_finished(result, run) and result["data"] == self.data.fingerprint:
+            if is_finished(result, run) and result.get("data") == self.data.fingerprint:
                 with lock(folder):
                     claim_run_folder(folder, run, self.data.fingerprint)
                 check_taken_row(result["row"], where := f"{folder / 'result.json'}: row")
