@@ -176,7 +176,7 @@ def test_linear_equals_torch(kernels, rows, size_in, size_out, dtype, bias):
 @st.composite
 def cases(draw):
     H, Hk = draw(st.sampled_from([(1, 1), (4, 4), (6, 2), (8, 1), (15, 1)]))
-    d, dv = draw(st.sampled_from([(8, 8), (64, 64), (32, 5), (33, 40), (144, 144), (128, 100)]))
+    d, dv = draw(st.sampled_from([(8, 8), (64, 64), (32, 5), (33, 40), (144, 144), (128, 100), (16, 70), (70, 16)]))
     S = draw(st.sampled_from([1, 2, 63, 64, 65, 255, 256, 257, 600]))
     return H, Hk, S, d, dv
 

@@ -82,8 +82,8 @@ inline V load(const void* from) {
 inline void put(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
 
 // A vector of `size` numbers of type T, cut into blocks. If 32 does not divide it, the last block begins earlier and overlaps the
-// one before, so that nothing behind the vector is read; a vector shorter than a block (SHORT) is copied. Of codes a block is what
-// has one scale, and the last one is shorter and copied.
+// one before, so that nothing behind the vector is read; where vectors may be shorter than a block (SHORT: keys or values are), each
+// block is copied. Of codes a block is what has one scale, and the last one is shorter and copied.
 template <typename T>
 struct Blocks {
     int64_t size, count;
@@ -109,7 +109,8 @@ struct Vector {
     Raw<T> block(const Blocks<T>& blocks, int64_t b) const {
         if constexpr (SHORT) {
             T padded[BLOCK] = {};
-            std::memcpy(padded, at, blocks.size * sizeof(T));
+            const int64_t numbers = blocks.size < BLOCK ? blocks.size : BLOCK;
+            std::memcpy(padded, at + blocks.start(b), numbers * sizeof(T));
             return load<Raw<T>>(padded);
         }
         return load<Raw<T>>(at + blocks.start(b));
