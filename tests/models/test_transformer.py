@@ -33,7 +33,8 @@ def test_no_tokens_and_no_rows_give_empty_logits(name, shape):
     if shape[0]:
         cache = model(torch.randint(61, (2, 5)), use_cache=True).past_key_values
         before = cache.export()
-        assert model(ids, past_key_values=cache).logits.shape == (*shape, 61)
+        for inputs in ({}, {"attention_mask": torch.ones(shape)}, {"attention_mask": torch.ones(2, 5 + shape[1])}):
+            assert model(ids, past_key_values=cache, **inputs).logits.shape == (*shape, 61)
         assert all(torch.equal(tensor, before[name]) for name, tensor in cache.export().items())
 
 

@@ -159,7 +159,7 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
             if mask is None:
                 position_ids = torch.arange(seen, seen + T, device=x.device)
             else:
-                position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
+                position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, seen:]
         return position_ids.expand(B, T), mask
 
     def forward(
