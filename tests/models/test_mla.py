@@ -226,6 +226,17 @@ def test_under_autocast_every_product_is_bf16(path, options, monkeypatch):
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", [{}, {"rope_dim": 16}], ids=str)
+def test_under_autocast_quantised_latents_are_read_by_few_and_many_queries(path, options):
+    layer, x, sizes = MLALayer(64, 4, 128, path=path, **options), torch.randn(2, 24, 64), [3, 1, 20]
+    with torch.no_grad():
+        exact = read(layer, x, sizes, precision="int8") - x
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = read(layer, x, sizes, precision="int8") - x
+    assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 @pytest.mark.parametrize("options", [{}, {"rope_dim": 16}], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_decoding_in_bf16_is_float32_to_bf16s_rounding(options, batch):

@@ -103,7 +103,7 @@ class MLALayer(Layer):
             cached, mask = state.update(cached, mask, as_stored=True)
         if self.absorbs(x.shape[1], cached.shape[2]):
             return self._finish(x, self._absorbed(q, q_rope, cached, mask))
-        latents = cached.numbers(x.dtype) if isinstance(cached, Quantized) else cached
+        latents = cached.numbers(q.dtype) if isinstance(cached, Quantized) else cached
         return self._finish(x, self._materialised(q, q_rope, latents, mask))
 
     def absorbs(self, queries: int, keys: int) -> bool:
