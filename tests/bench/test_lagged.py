@@ -127,6 +127,12 @@ def test_speed_and_quality_of_every_method_are_told(monkeypatch, capsys, tmp_pat
     assert speed_table(result).row_count == quality_table(result).row_count == 3
 
 
+def test_a_text_that_is_not_there_is_told_before_anything_is_timed(monkeypatch):
+    monkeypatch.setattr(rounds, "BenchWorker", None)
+    with pytest.raises(UserError, match=r"nothing\.txt: no such file or folder"):
+        run(tiny(quality=True, data="nothing.txt"))
+
+
 def test_a_method_can_be_left_out_of_the_runs_at_equal_time(monkeypatch, tmp_path):
     monkeypatch.setenv("NEWLLM_CACHE", str(tmp_path))
     play = tmp_path / "play.txt"

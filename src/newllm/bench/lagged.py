@@ -35,6 +35,8 @@ def bench_lagged(settings: LaggedBench, progress: Progress) -> dict[str, Any]:
         `compare_quality`; or None.
     """
     settings.check()
+    if settings.quality:
+        quality_data(settings, progress)  # what is wrong with it is told before anything is timed
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)
     references = settings.methods[:1]
@@ -89,10 +91,9 @@ def compare_quality(settings: LaggedBench, rows: list[Row], progress: Progress) 
         "test_ppl" by true recurrence of the weights that validation has chosen, "curve": the run's metrics.jsonl}. Of a
         run that has ended because a loss was not finite, both perplexities are infinite.
     """
-    from newllm.data import prepare
     from newllm.data.windows import WindowDataset
 
-    data = prepare(settings.run_settings(settings.methods[0], 0, steps=1), progress)
+    data = quality_data(settings, progress)
     windows = len(WindowDataset(data.splits["train"], settings.seq_length, settings.quality_samples, seed=0))
     epoch = windows / settings.batch_size  # in steps
     equal_epochs = math.ceil(settings.quality_epochs * epoch)
@@ -113,6 +114,13 @@ def compare_quality(settings: LaggedBench, rows: list[Row], progress: Progress) 
                 )
                 progress(f"{run}: test perplexity {records[-1]['test_ppl']:.2f}")
     return records
+
+
+def quality_data(settings: LaggedBench, progress: Progress) -> PreparedData:
+    """The text of the runs of `compare_quality`. Raises UserError where there is none, or too little."""
+    from newllm.data import prepare
+
+    return prepare(settings.run_settings(settings.methods[0], 0, steps=1), progress)
 
 
 def training_seconds(row: Row, steps: float, epoch: float) -> float:
