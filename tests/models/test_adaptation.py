@@ -48,6 +48,15 @@ def test_where_nothing_is_left_out_the_model_is_the_same(name, options, own):
     assert distance(source, target) < 1e-6
 
 
+def test_a_head_goes_into_one_of_its_own_and_one_of_its_own_into_no_tied_one():
+    tied, apart = (model_of("pythia", position=GEOMETRIC, tie_word_embeddings=tie) for tie in (True, False))
+    with pytest.raises(UserError, match=r"^the trained model has a head of its own, .*: leave that out$"):
+        adapt(apart, tied, texts())
+    for target in (apart, model_of("pythia", position=GEOMETRIC, tie_word_embeddings=True)):
+        assert adapt(tied, target, texts()) == []
+        assert distance(tied, target) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["pythia", "mla", "v_dproj", "infini"])
 def test_an_mlp_that_reads_what_attention_has_added_to_goes_into_another_such_layer_alone(name):
     source = model_of("gpt", position=GEOMETRIC)

@@ -38,12 +38,18 @@ def adapt(source: TransformerLM, target: TransformerLM, batches: Iterable[Tensor
         names of the parameters that found nothing in source, and keep the values they had.
 
     Raises:
-        UserError: another number of layers, another width, fewer words, or MLPs that read something else.
+        UserError: another number of layers, another width, fewer words, MLPs that read something else, or no place for
+            the head.
     """
     if len(source.layers) != len(target.layers):
         raise UserError(f"the trained model has {len(source.layers)} layers, the one to adapt {len(target.layers)}")
     check_residuals([getattr(layer, "parallel_residual", True) for layer in source.layers], target)
-    theirs, own = dict(source.named_parameters()), []
+    if target.config.tie_word_embeddings and not source.config.tie_word_embeddings:
+        raise UserError(
+            "the trained model has a head of its own, and the one to adapt, with tie_word_embeddings=true, no place "
+            "for it: leave that out"
+        )
+    theirs, own = dict(source.named_parameters(remove_duplicate=False)), []  # a tied head by its own name too
     for name, parameter in target.named_parameters():
         trained: Tensor | None = theirs.get(name)
         if trained is not None and name in VOCABULARY:
