@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from newllm.models.linear import Linear
@@ -86,6 +87,9 @@ def test_what_is_traced_or_transformed_takes_torchs_operators():
         q, k, v = torch.randn(3, 1, 4, 1, 8), torch.randn(3, 1, 2, 5, 8), torch.randn(3, 1, 2, 5, 8)
         attended = [attention.causal_attention(*row) for row in zip(q, k, v, strict=True)]
         torch.testing.assert_close(torch.vmap(attention.causal_attention)(q, k, v), torch.stack(attended))
+        with forward_ad.dual_level():  # which torch.no_grad leaves on
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(rows, rows))).tangent
+        torch.testing.assert_close(tangent, expected - layer.bias)
 
 
 def test_without_a_compiler_torch_does_the_same(monkeypatch, tmp_path, caplog):

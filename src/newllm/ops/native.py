@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from newllm.ops.quantize import Quantized
 from newllm.paths import cache_folder
@@ -122,8 +123,8 @@ def _processor() -> str:
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors, all of one dtype, here and now.
 
-    They are plain CPU tensors, of which no gradient is wanted; no tracer and no torch.func transform looks on, which
-    would see nothing of what a kernel writes.
+    They are plain CPU tensors, of which no gradient is wanted, nor one in forward mode; no tracer and no torch.func
+    transform looks on, which would see nothing of what a kernel writes.
     """
     first = tensors[0]
     return (
@@ -131,6 +132,7 @@ def usable(*tensors: Tensor) -> bool:
         and all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype == first.dtype for x in tensors)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0  # torch.no_grad leaves forward mode on
         and not torch.jit.is_tracing()
         and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
         and library() is not None
