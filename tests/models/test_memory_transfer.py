@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from newllm import create_model, load_model
 from newllm.errors import UserError
-from newllm.models import TransformerLM
+from newllm.models import ContinuousLM, TransformerLM
 from newllm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
 from newllm.models.memory import merge_memory_states, take_row
-from newllm.models.memory_file import _digest, load_memory, read_memory, save_memory
+from newllm.models.memory_file import _digest, fingerprint, load_memory, read_memory, save_memory
 
 S = 4  # segment length
 PRESETS = ("infini", "multi_memory", "hierarchical", "infini_all", "infini_adapter")
@@ -561,6 +561,16 @@ def test_the_memory_of_another_model_is_refused(memory_file):
         refused(
             memory_file, r"belongs to model [0-9a-f]{12} \(infini, pythia; .*the model given is [0-9a-f]{12}", other
         )
+
+
+def test_the_same_weights_in_another_mode_are_another_model():
+    state = {"mode": "continuous", "input": "fuse", "layers": [InfiniLayer(16, 2, 16, segment_length=4)]}
+    models = [ContinuousLM(**state, vocab_size=31, feedback=kind) for kind in ("state", "word")]
+    models[1].load_state_dict(models[0].state_dict())
+    before = fingerprint(models[0])
+    assert fingerprint(models[1]) != before
+    models[0].config.eos_token_id = 1  # where a text ends is no part of what is read
+    assert fingerprint(models[0]) == before
 
 
 def test_a_memory_that_is_not_finite_is_refused(tmp_path):

@@ -27,8 +27,8 @@ FORMAT = "newllm-memory"
 FORMAT_VERSION = "1"
 # The fields of a header, beside format and checksum.
 KINDS = {"model": str, "about": str, "layers": list, "tokens_read": int, "sources": list, "version": str}
-# What of a configuration decides the numbers that a model computes.
-SHAPING = ("vocab_size", "hidden_size", "layer_specs", "layer_norm_eps", "tie_word_embeddings", "cache_precision")
+# What of a configuration does not decide the numbers that a model computes.
+NOT_SHAPING = {"num_hidden_layers", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _file(header: dict[str, str], state: MemoryTensors) -> MemoryFile:
 
 def fingerprint(model: TransformerLM) -> str:
     """sha256 over configuration and weights, as hex: equal for models that compute the same from the same memory."""
-    config = {name: getattr(model.config, name) for name in SHAPING}
+    config = {name: getattr(model.config, name) for name in model.config.option_names() if name not in NOT_SHAPING}
     return _sha256([json.dumps(config, sort_keys=True)], model.state_dict())
 
 
