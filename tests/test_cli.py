@@ -363,7 +363,7 @@ def test_models_lists_every_model_and_explains_one(capsys):
     assert all(f"{option}=" in told for option in ("kv_dim", "position", "rope_dim", "path"))
     assert "r, the width of the latent" in told
     assert cli.main(["models", "continuous_fuse"]) == 0
-    assert "input=fuse, extra_passes=0, use_h1=False" in capsys.readouterr().out
+    assert "input=fuse, feedback=state, extra_passes=0, use_h1=False" in capsys.readouterr().out
 
 
 @pytest.fixture
