@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from newllm.errors import UserError
+from newllm.evaluation.checks import CHECK_SHAPE, check_model
 from newllm.models import ContinuousLM, create_model, load_model
 from newllm.models.layers import InfiniLayer, MLALayer, PythiaLayer, create_layer
 from newllm.models.recurrent import lag
@@ -103,6 +104,13 @@ def test_as_many_passes_as_tokens_are_the_true_recurrence_gradients_included(nam
     theirs = torch.autograd.grad(true, parameters, materialize_grads=True)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["distribution", "word"])
+def test_what_is_left_of_a_state_keeps_the_contract_of_all_models(kind):
+    checks = check_model(create_model(f"continuous_fuse:feedback={kind}", **CHECK_SHAPE), tokens=24)
+    assert {check.name: check.detail for check in checks if check.passed is False} == {}
+    assert {"future", "rows", "padding", "chunks", "generate"} <= {check.name for check in checks if check.passed}
 
 
 def test_discrete_is_pythia_by_another_name():
