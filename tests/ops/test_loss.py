@@ -88,3 +88,11 @@ def test_where_no_gradient_is_wanted_none_is_computed(monkeypatch):
         assert loss.linear_cross_entropy(hidden, weight, targets) == expected
     with torch.inference_mode():
         assert loss.linear_cross_entropy(hidden, weight, targets) == expected
+
+
+def test_a_second_derivative_is_refused_and_not_taken_for_zero():
+    hidden, weight = torch.randn(9, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    total = loss.linear_cross_entropy(hidden, weight, torch.randint(11, (9,)))
+    (gradient,) = torch.autograd.grad(total * hidden.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Label of positions without loss (PyTorch's and Hugging Face's convention)."""
@@ -27,7 +28,7 @@ def linear_cross_entropy(
     """−log softmax(W h)[target] in nats; targets of −100 count nothing.
 
     Logits exist for ROWS rows at a time. With 'sum' the gradient is computed during forward, where one is wanted, as
-    the loss is linear in its own gradient.
+    the loss is linear in its own gradient; a second derivative is refused.
 
     Args:
         hidden: (N, D).
@@ -92,6 +93,7 @@ class _SummedLoss(torch.autograd.Function):
         return total if each is None or shares is None else (each * shares).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         # In place: each is used once.
         hidden, weight, shares = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
