@@ -147,6 +147,7 @@ CASES = {
     "number beyond 64 bits": ([*COMPARE, "--max-documents", "9" * 20], f"--max-documents is {'9' * 20}: it must lie"),
     "task count beyond 64 bits": (["vintix", "collect", "--train-tasks", "9" * 20], "it must lie within 64 bits"),
     "text that is no UTF-8": ([*COMPARE, "--name", "caf\udce9"], "--name is 'caf\\udce9': it must be UTF-8 text"),
+    "nobody to distil from": ([*COMPARE, "--distil-tokens", "9"], "--distil-tokens 9 teaches layers what those of a"),
     "share beyond 1": ([*COMPARE, "--warmup-ratio", "1.5"], "--warmup-ratio is 1.5: it must lie in [0, 1)"),
     "hidden size not divisible": ([*COMPARE, "--hidden-size", "250"], "--hidden-size 250 does not divide"),
     "unknown scale": ([*COMPARE, "--scale", "smal"], "unknown scale 'smal': did you mean 'small'?"),

@@ -164,6 +164,11 @@ def check(settings: CommonSettings) -> None:
             f"--hidden-size {settings.hidden_size} does not divide into --num-heads {settings.num_heads}: "
             f"choose a multiple of {settings.num_heads}"
         )
+    if settings.distil_tokens and settings.start_from is None:
+        raise UserError(
+            f"--distil-tokens {settings.distil_tokens} teaches layers what those of a trained model give: name that "
+            "model with --start-from"
+        )
     if isinstance(settings, ExperimentSettings):
         if not settings.models:
             raise UserError("--models is empty: name at least one preset, for example --models pythia")

@@ -116,6 +116,18 @@ def test_evaluation_windows_tell_first_and_ask_last(data, task, distance, index)
     assert window.ids[window.answers[0]] == task.words.answer_ids[window.told[0]]
 
 
+@pytest.mark.parametrize(("facts", "expected"), [(2, 5 / 6), (3, 19 / 27)])
+def test_wordings_alone_tell_more_than_guessing_does(data, facts, expected):
+    """What a reader who knows no name gets right among the facts told, as docs/recall.md says."""
+    task, right = RecallTask(data, settings(recall_facts=facts)), []
+    for index in range(2000):
+        window = task.evaluation_window(4, index)
+        read = sentences(data, window, "fact", "other fact", "question")
+        wordings = [sentence.split(" ")[-4:-2] for sentence in read]  # 'they call', and so on
+        right.append(1 / (wordings.count(wordings[-1]) - 1))  # the last is the question, in the words of its fact
+    assert np.mean(right) == pytest.approx(expected, abs=0.02)
+
+
 def test_without_the_sentences_a_window_is_contiguous_text(data, task):
     for window, split in ((task.training_window(256, 0, 5), "train"), (task.evaluation_window(7, 1), "test")):
         text = np.ones(len(window.ids), dtype=bool)

@@ -159,7 +159,8 @@ def test_k_passes_hide_the_last_k_tokens():
 def test_one_model_can_be_asked_in_every_mode(mode, extra_pass, use_h1, input):
     model, ids = make("continuous", input=input), torch.randint(61, (2, 6))
     loss, stats = model.compute_loss(ids, ids, mode=mode, extra_pass=extra_pass, use_h1=use_h1, passes=6)
-    same = create_model("discrete", **SHAPE, mode=mode, input=input, extra_passes=int(extra_pass), use_h1=use_h1)
+    options = {"mode": mode} | ({"input": input} if mode == "continuous" else {})
+    same = create_model("discrete", **SHAPE, **options, extra_passes=int(extra_pass), use_h1=use_h1)
     same = same.double().eval()
     same.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(loss, same.token_losses(ids).mean(), rtol=1e-10, atol=1e-10)
@@ -273,6 +274,7 @@ def test_a_saved_model_comes_back_as_what_it_was(tmp_path):
         ({"input": "add"}, "'replace' or 'fuse'"),
         ({"feedback": "words"}, "'state' or 'distribution' or 'word'"),
         ({"feedback": "word", "mode": "discrete"}, "feedback says what mode=continuous feeds back"),
+        ({"input": "fuse", "mode": "discrete"}, "input says how mode=continuous reads a state"),
         ({"extra_passes": -1}, "whole number"),
         ({"use_h1": True}, "extra_passes"),
         ({"use_h1": 1, "extra_passes": 1}, "true or false"),

@@ -308,6 +308,10 @@ def test_memories_are_computed_in_float32_also_under_autocast(name):
         ({"num_memory_banks": -1}, "num_memory_banks is -1"),
         ({"segments_per_bank": 1.5}, "segments_per_bank is 1.5"),
         ({"num_memories": 2}, "num_memory_banks"),
+        ({"local": "linear", "position": "alibi"}, "position is that of local=softmax"),
+        ({"num_memory_banks": 0, "key_shift": True}, "key_shift is that of a memory"),
+        ({"num_memory_banks": 0, "use_delta_rule": False}, "use_delta_rule is that of a memory"),
+        ({"num_memory_banks": 0, "memory_head_dim": 32}, "memory_head_dim is that of a memory"),
     ],
 )
 def test_wrong_options_are_named(options, words):

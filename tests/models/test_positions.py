@@ -24,3 +24,8 @@ def test_a_value_that_means_nothing_is_refused(kind, option, value):
 )
 def test_a_complete_spec_makes_what_it_was_made_of(spec):
     assert position_spec(create_position(spec)) == spec
+
+
+def test_a_slope_that_no_head_would_have_is_refused():
+    with pytest.raises(UserError, match=r"position option slope is 0\.25: it is that of slopes=uniform"):
+        create_position({"type": "alibi", "slopes": "geometric", "slope": 0.25})

@@ -73,6 +73,8 @@ class ContinuousConfig(LMConfig):
             raise UserError(f"gate_bias is {self.gate_bias}: it must be a finite number")
         if self.feedback != "state" and self.mode != "continuous":
             raise UserError("feedback says what mode=continuous feeds back, and this model feeds nothing: leave it out")
+        if self.input != "replace" and self.mode != "continuous":
+            raise UserError("input says how mode=continuous reads a state, and this model is fed none: leave it out")
         if self.gate_bias and (self.mode, self.input) != ("continuous", "fuse"):
             raise UserError("gate_bias is that of the gate of input=fuse, which this model has not: leave it out")
 

@@ -123,6 +123,8 @@ def create_position(spec: str | dict[str, Any], head_size: int | None = None) ->
     for name in ("fraction", "base", "slope"):
         if name in options and not (type(options[name]) in (int, float) and 0 < options[name] < math.inf):
             raise UserError(f"position option {name} is {options[name]!r}: it must be a finite number greater than 0")
+    if scheme == "geometric" and options.get("slope", AlibiPosition.slope) != AlibiPosition.slope:
+        raise UserError(f"position option slope is {options['slope']!r}: it is that of slopes=uniform, leave it out")
     if options.get("fraction", 1) > 1:
         raise UserError(f"position option fraction is {options['fraction']}: at most 1, the whole head")
     if kind == "rope" and head_size is not None and head_size < 2:

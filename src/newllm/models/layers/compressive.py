@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from newllm.errors import nearest
+from newllm.errors import UserError, nearest
 from newllm.models.cache import LayerState, MemoryState
 from newllm.models.layers.base import MLP, Layer
 from newllm.models.linear import Linear
 from newllm.models.options import check_count, check_divides, check_switch
-from newllm.models.positions import create_position, position_spec
+from newllm.models.positions import NoPosition, RotaryPosition, create_position, position_spec
 from newllm.models.segment_attention import LOCAL, SegmentAttention
 from newllm.ops import reference
 from newllm.ops.linear_attention import feature_map
@@ -77,6 +77,9 @@ class CompressiveLayer(Layer):
         check_switch("key_shift", key_shift)
         head_size = hidden_size // num_heads
         self.attention = SegmentAttention(num_heads, head_size, create_position(position, head_size), local)
+        # A complete spec has the default one.
+        if local == "linear" and self.attention.position not in (RotaryPosition(), NoPosition()):
+            raise UserError("position is that of local=softmax, and local=linear has none: leave it out")
         self._arguments |= {"position": position_spec(self.attention.position), "memory_head_dim": memory_head_dim}
         self.num_memories, self.segments_per_memory = num_memories, segments_per_memory
         self.num_memory_heads, self.memory_head_dim = hidden_size // memory_head_dim, memory_head_dim

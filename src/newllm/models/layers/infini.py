@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from newllm.errors import UserError
 from newllm.models.layers.base import register_layer
 from newllm.models.layers.compressive import CompressiveLayer
 from newllm.models.options import check_count
 from newllm.ops import reference
 from newllm.ops.memory import Found
+
+OF_MEMORIES = ("memory_head_dim", "use_delta_rule", "memory_grad", "key_shift")
 
 
 @register_layer("infini")
@@ -70,6 +74,8 @@ class InfiniLayer(CompressiveLayer):
     ) -> None:
         check_count("num_memory_banks", num_memory_banks, least=0)
         check_count("segments_per_bank", segments_per_bank)
+        if not num_memory_banks:
+            self._refuse_options_of_memories(hidden_size)
         super().__init__(
             hidden_size,
             num_heads,
@@ -84,6 +90,15 @@ class InfiniLayer(CompressiveLayer):
             memory_grad=memory_grad,
             key_shift=key_shift,
         )
+
+    def _refuse_options_of_memories(self, hidden_size: int) -> None:
+        """Raises UserError for one that is not as by default, where there is no memory that it could apply to."""
+        parameters = inspect.signature(InfiniLayer.__init__).parameters
+        for name in OF_MEMORIES:
+            value = self._arguments[name]
+            # A complete spec has the default width in numbers.
+            if value != parameters[name].default and (name, value) != ("memory_head_dim", hidden_size):
+                raise UserError(f"{name} is that of a memory, and num_memory_banks=0 leaves none: leave it out")
 
     def _make_mixer(self) -> None:
         if self.num_memories > 1:
