@@ -248,6 +248,24 @@ def test_a_seed_that_has_come_apart_is_told():
     row["test_ppl"] = None  # as results.json has an infinite one
     quality = dict(findings.findings(results, summarise(results)))["Quality"]
     assert "Without a finite perplexity, and in no mean: gqa (1 of three seeds)." in quality
+    assert "so that the mean is of the others" not in quality
+
+
+def test_a_seed_without_one_of_its_other_perplexities_is_told():
+    """Else a table would show the mean of the seeds that have it, as if it were that of all."""
+    results = make_results()
+    by_run = {(row["model"], row["seed"]): row for row in results["rows"]}
+    by_run["gqa", 1]["sliding_ppl"] = None
+    by_run["mqa", 2]["ppl_by_position"][-1]["ppl"] = None
+    for seed in (0, 1, 2):
+        ppl = None if seed == 1 else 80.0
+        by_run["mqa", seed]["recurrence"] = {"ppl": ppl, "passes": [{"passes": 8, "ppl": None, "residual": 0.1}]}
+    places = by_run["mqa", 2]["ppl_by_position"][-1]
+    quality = dict(findings.findings(results, summarise(results)))["Quality"]
+    assert quality.endswith(
+        "Not finite with every seed, so that the mean is of the others: gqa (Sliding-window PPL, 1 of three seeds), "
+        f"mqa (tokens {places['from']}–{places['to']}, 1 of three seeds) and mqa (true recurrence, 1 of three seeds)."
+    )
 
 
 def test_a_part_of_the_test_split_is_called_a_part():

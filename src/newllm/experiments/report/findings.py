@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from newllm.experiments.columns import ALL_COLUMNS, LEAD
+from newllm.experiments.columns import ALL_COLUMNS, LEAD, PERPLEXITY_COLUMNS
 from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.report import recall, recurrence, reversal
 from newllm.experiments.report.words import capitalised, count, join
-from newllm.experiments.results import Results
+from newllm.experiments.results import Results, Row
 from newllm.experiments.summary import ModelSummary, competitors, decimals, measured
 
 STATE = ALL_COLUMNS["state_bytes"]
@@ -45,7 +45,7 @@ def findings(results: Results, summaries: list[ModelSummary]) -> list[tuple[str,
     """(topic, sentences) for quality, memory, speed and how far the numbers carry."""
     shown = competitors(summaries)
     parts = [
-        ("Quality", " ".join(filter(None, (_quality(shown), _not_finite(summaries))))),
+        ("Quality", " ".join(filter(None, (_quality(shown), _not_finite(summaries), _partly_finite(summaries))))),
         ("Memory", _memory(shown)),
         ("Recall", _recall(shown)),
         ("Reversal", _reversal(shown)),
@@ -78,6 +78,29 @@ def _not_finite(summaries: list[ModelSummary]) -> str:
     lost = {s.model: len(s.rows) - len(s.by_seed(LEAD)) for s in summaries if s.valid}
     named = [f"{s.model} ({lost[s.model]} of {count(len(s.rows), 'seed')})" for s in summaries if lost.get(s.model)]
     return f"Without a finite perplexity, and in no mean: {join(named)}." if named else ""
+
+
+def _partly_finite(summaries: list[ModelSummary]) -> str:
+    """Other perplexities that some of a model's seeds have not, for which their means are those of the better seeds."""
+    said = []
+    for summary in summaries:
+        rows = [_perplexities(row) for row in summary.rows if summary.valid and LEAD.get(row) is not None]
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [row[name] for row in rows if name in row]
+            if 0 < (lost := values.count(None)) < len(values):
+                said.append(f"{summary.model} ({name}, {lost} of {count(len(values), 'seed')})")
+    return f"Not finite with every seed, so that the mean is of the others: {join(said)}." if said else ""
+
+
+def _perplexities(row: Row) -> dict[str, float | None]:
+    """All of a row but the one that leads, by what they are called; None where one came out infinite."""
+    columns = [column for column in PERPLEXITY_COLUMNS if column is not LEAD and column.key.partition(".")[0] in row]
+    found: dict[str, float | None] = {column.label: column.get(row) for column in columns}
+    found |= {f"tokens {item['from']}–{item['to']}": item.get("ppl") for item in row.get("ppl_by_position") or []}
+    if record := row.get(recurrence.KEY):
+        found |= {f"k = {entry['passes']}": entry["ppl"] for entry in record["passes"]}
+        found["true recurrence"] = record["ppl"]
+    return found
 
 
 def _memory(shown: list[ModelSummary]) -> str:
