@@ -240,6 +240,22 @@ def test_an_infinite_perplexity_of_the_first_method_leaves_no_difference():
     assert [list(column.cells) for column in columns[1:3]] == [["∞ (1 of 1)", "9.00"], ["", "—"]]
 
 
+def test_epochs_that_differ_from_seed_to_seed_are_all_told():
+    """As where results of seeds that were measured apart are joined: each has an equal time of its own."""
+    records = [
+        {"method": method, "seed": seed, "equal": equal, "epochs": epochs, "test_ppl": 9.0}
+        for seed, then in enumerate((12.19, 11.64, 11.82))
+        for method, equal, epochs in (
+            ("step_by_step", "epochs", 1.5),
+            ("lagged", "epochs", 1.5),
+            ("lagged", "time", then),
+        )
+    ]
+    settings = dataclasses.asdict(tiny(methods=["step_by_step", "lagged"], seeds=[0, 1, 2]))
+    table = quality_table({"settings": settings, "references": ["step_by_step"], "quality": records})
+    assert list(table.columns[5].cells) == ["1.5", "11.6–12.2"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -95,8 +95,10 @@ def quality_table(result: dict[str, Any]) -> Table:
             infinite = ppls.count(None)
             cells.append(f"∞ ({infinite} of {seeds})" if infinite else figure(estimate(ppls), 2))
             cells.append("" if method == first else figure(ppl_difference(own, of_first), 1, signed=True, unit=" %"))
-        epochs = [record["epochs"] for record in own]
-        view.add_row(method, *cells, number(epochs[0], 1) if epochs else "")
+        # Each seed that was measured by itself has a time of its own, and so epochs of its own.
+        epochs = sorted(record["epochs"] for record in own)
+        ends = dict.fromkeys(number(count, 1) for count in (epochs[0], epochs[-1])) if epochs else {}
+        view.add_row(method, *cells, "–".join(ends))
     return view
 
 
