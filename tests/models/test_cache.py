@@ -231,6 +231,20 @@ def test_a_static_cache_is_refused_in_one_line(name):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}, "^a quantised .*'int8' or 'int4'$"),
+        ({"cache_implementation": "offloaded"}, "^an offloaded cache cannot hold .* leave cache_implementation out$"),
+    ],
+)
+def test_a_cache_whose_kind_would_be_lost_is_refused_in_one_line(options, said):
+    """Our states would have taken the place of its layers, neither quantised nor moved, without a word."""
+    model, ids = create_model("pythia", **CHECK_SHAPE).eval(), torch.randint(61, (2, 5))
+    with pytest.raises(UserError, match=said):
+        model.generate(ids, max_new_tokens=3, do_sample=False, **options)
+
+
+@pytest.mark.parametrize(
     ("name", "other", "options"),
     [
         ("pythia", "gqa", {}),

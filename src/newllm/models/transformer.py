@@ -201,7 +201,8 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for a gradient outside training, if the configuration quantises the caches.
             UserError: update_memory in training, with past_key_values, or without a layer that has a memory; an
-                attention_mask of another shape; a cache of a fixed size, of another model, or of other rows.
+                attention_mask of another shape; a cache of a fixed size, a quantised or offloaded one of
+                Hugging Face, one of another model, or of other rows.
         """
         if update_memory:
             self._check_can_update(cached=past_key_values is not None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import Cache, QuantizedCache, StaticCache
 
 from newllm.errors import UserError
 from newllm.models.cache.state import LayerState, check_precision
@@ -69,10 +69,18 @@ def adopt(cache: Cache, make_cache: Callable[[], LMCache], made_for: Any, rows: 
 
     made_for: that of the model's own caches; rows: of the tokens that are to be read.
 
-    Raises UserError for a cache of a fixed size, one that another model has filled, or one of other rows.
+    Raises UserError for a cache of a fixed size, for one that quantises or moves what it holds, which our states would
+    not be; for one that another model has filled, or one of other rows.
     """
     if isinstance(cache, StaticCache):
         raise UserError("a static cache cannot hold this model's states: leave cache_implementation out")
+    if isinstance(cache, QuantizedCache):
+        raise UserError(
+            "a quantised cache of Hugging Face cannot hold this model's states: leave cache_implementation out, and "
+            "make or load the model with cache_precision='int8' or 'int4'"
+        )
+    if getattr(cache, "offloading", False):
+        raise UserError("an offloaded cache cannot hold this model's states: leave cache_implementation out")
     if cache.layers and all(isinstance(state, LayerState) for state in cache.layers):
         others = getattr(cache, "made_for", None) not in (None, made_for)
     else:
