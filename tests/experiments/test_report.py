@@ -306,6 +306,25 @@ def test_a_model_with_memories_that_has_come_apart_is_still_reported(tmp_path):
     assert "| pythia | layer 0: 0.50 | — | — | — |" in markdown
 
 
+def test_how_long_contexts_keep_what_they_hold_is_told_for_every_layer(tmp_path):
+    results = make_results(2, 1)
+    for row, median in zip(results["rows"], (1.0, 3.0), strict=True):
+        layers = [
+            {"layer": None, "median": median, "largest": None},
+            {"layer": 1, "median": 2.5, "largest": 400.0},
+        ]
+        row["contexts"] = {"layers": layers}
+    markdown = report(tmp_path, results).with_suffix(".md").read_text().replace("\xa0", " ")
+    (line,) = [line for line in markdown.splitlines() if line.startswith("| pythia |") and "before the layers" in line]
+    median, largest = line.removeprefix("| pythia | ").removesuffix(" |").split(" | ")
+    assert re.fullmatch(r"before the layers: 2\.0 ± [0-9.]+; layer 1: 2\.5", median)
+    assert largest == "before the layers: never; layer 1: 400"
+    assert 'id="contexts"' in report(tmp_path, results).read_text()
+    for row in results["rows"]:
+        row["contexts"] = None
+    assert "Context vectors" not in report(tmp_path, results).with_suffix(".md").read_text()
+
+
 def test_wording_follows_the_intervals():
     many = make_results()
     assert "lower than the baseline pythia" in findings.headline(many, summarise(many))

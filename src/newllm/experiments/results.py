@@ -40,7 +40,7 @@ NULLABLE_ROW_FIELDS = {
     **dict.fromkeys(("cache_bytes_per_token", "cache_bytes_allocated_per_token", "state_bytes"), NUMBER),
     **dict.fromkeys(("train_tokens_per_second", "peak_memory_bytes", "prefill_ms", "decode_ms_per_token"), NUMBER),
     **dict.fromkeys(("recall", "recall_across_segments", "reversal", "recurrence", "selective"), RECORD),
-    **dict.fromkeys(("memories", "reconstruction", "projection", "start", "ppl_band", "reused"), RECORD),
+    **dict.fromkeys(("memories", "contexts", "reconstruction", "projection", "start", "ppl_band", "reused"), RECORD),
     **dict.fromkeys(("ppl_by_position", "curve"), LIST),
 }
 ITEM_FIELDS = {
@@ -54,6 +54,7 @@ RECORD_KEYS = {
     "recurrence": ("ppl", "passes"),
     "selective": ("ppl", "weighted_ppl", "weight", "max_skip", "passes"),
     "memories": ("ppl", "closed_ppl", "fine_closed_ppl", "layers"),
+    "contexts": ("layers",),
     "projection": ("tokens", "iterations", "converged", "curve", "before", "after", "size"),
     "reconstruction": ("tokens",),
     "start": ("source", "val_ppl", "undistilled_val_ppl"),

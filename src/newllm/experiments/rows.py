@@ -15,6 +15,7 @@ import transformers
 from newllm.devices import resolve_device
 from newllm.evaluation.bands import ppl_band
 from newllm.evaluation.checks import check_as_trained, check_model, is_causal
+from newllm.evaluation.contexts import context_figures
 from newllm.evaluation.memories import memory_figures
 from newllm.evaluation.perplexity import evaluate, perplexity
 from newllm.evaluation.reading import as_measured
@@ -75,6 +76,7 @@ def make_row(settings: RunSettings, data: PreparedData, folder: Path, training: 
         **({"recall_across_segments": evaluate_recall(model, data, settings)} if settings.recall_share else {}),
         **({"reversal": evaluate_reversal(model, data, settings, trained_tokens)} if settings.reversal_share else {}),
         "memories": memory_figures(model, test, settings),
+        "contexts": context_figures(model, test, settings),
         "recurrence": recurrence_figures(model, test, settings),
         "selective": selective_figures(model, test, settings),
         "checks": [dataclasses.asdict(check) for check in checks],

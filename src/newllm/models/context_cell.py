@@ -63,7 +63,9 @@ class ContextCell(nn.Module):
         choices = self.num_gates * num_contexts * num_heads if num_contexts > 1 else 0
         self.widths = (context_size, self.num_gates * context_size, choices)
         self.project = Linear(hidden_size, sum(self.widths))
-        if self.num_gates or time_scales is not None:
+        self.fades = self.num_gates > 0 or time_scales is not None
+        self.retained = nn.Identity()  # every a goes through it, so that a forward hook sees what the gates do
+        if self.fades:
             self.rates = nn.Parameter(self._first_rates())
         if not self.is_linear:
             self.norm = nn.LayerNorm(num_contexts * context_size)
@@ -78,7 +80,7 @@ class ContextCell(nn.Module):
         return -(of_contexts - 1).log().repeat(max(self.num_gates, 1))
 
     def reset_parameters(self) -> None:
-        if self.num_gates or self.time_scales is not None:
+        if self.fades:
             initialization.copy_(self.rates, self._first_rates())
 
     def forward(self, x: Tensor, real: Tensor | None, before: Tensor | None) -> Tensor:
@@ -92,6 +94,7 @@ class ContextCell(nn.Module):
         driven = self.project(x)
         if self.is_linear:
             a, b = self._factors(driven)
+            a = self.retained(a)
             if real is not None:
                 a, b = a.masked_fill(~real[..., None, None], 1), b.masked_fill(~real[..., None, None], 0)
             return linear_scan(a, b, before)
@@ -115,7 +118,7 @@ class ContextCell(nn.Module):
         if self.widths[2]:
             fed_back = F.pad(fed_back, (0, self.widths[2]))
         a, b = self._factors(driven + fed_back)
-        return a * c + b
+        return self.retained(a) * c + b
 
     def _factors(self, driven: Tensor) -> tuple[Tensor, Tensor]:
         """a and b (…, K, S), in float32 at least, from (…, W): candidate, gates and choices, before nonlinearities."""
@@ -123,7 +126,7 @@ class ContextCell(nn.Module):
         driven = driven.to(torch.promote_types(driven.dtype, torch.float32))
         v, gates, choices = driven.split(self.widths, dim=-1)
         v = (v if self.is_linear else v.tanh()).unsqueeze(-2)  # (…, 1, S)
-        if not G and self.time_scales is None:
+        if not self.fades:
             return torch.ones_like(v), v
         logits = self.rates.to(driven.dtype).view(-1, K, S)
         if G:
@@ -147,7 +150,7 @@ class ContextCell(nn.Module):
             fed_back = self.recur.weight @ self.norm(torch.cat(contexts))
             driven = torch.cat([driven[: S + G * S] + fed_back, driven[S + G * S :]])
         v = driven[:S] if self.is_linear else driven[:S].tanh()
-        if not G and self.time_scales is None:
+        if not self.fades:
             return [c + v for c in contexts]
         after = []
         for k, c in enumerate(contexts):

@@ -15,6 +15,7 @@ from newllm.errors import UserError, first_line
 from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
 from newllm.experiments.figures import figure, number, percent
 from newllm.experiments.report import facts, findings, words
+from newllm.experiments.report.contexts import contexts_section
 from newllm.experiments.report.memories import memories_section
 from newllm.experiments.report.plots import all_plots, position_estimates
 from newllm.experiments.report.projection import projection_plots, projection_section
@@ -130,6 +131,7 @@ def report_context(results: Results, summaries: list[ModelSummary]) -> dict[str,
         "projection": projection_section(summaries),
         "selective": selective_section(summaries),
         "memories": memories_section(summaries),
+        "contexts": contexts_section(summaries),
         "check_names": check_names,
         "checks": [check_row(summary, check_names) for summary in summaries],
         "samples": [(s.model, s.valid, s.rows[0]["sample"]) for s in summaries if s.rows[0].get("sample")],
