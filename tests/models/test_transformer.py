@@ -38,6 +38,15 @@ def test_no_tokens_and_no_rows_give_empty_logits(name, shape):
         assert all(torch.equal(tensor, before[name]) for name, tensor in cache.export().items())
 
 
+@pytest.mark.parametrize("name", ["pythia", "continuous", "selective"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_ids_beside_embeddings_and_nothing_at_all_are_refused(name, use_cache):
+    model, ids = create_model(name, **CHECK_SHAPE).eval(), torch.randint(61, (2, 5))
+    for given in ({}, {"input_ids": ids, "inputs_embeds": model.embed(ids)}):
+        with pytest.raises(UserError, match=r"^a model reads input_ids or inputs_embeds: give one of them$"):
+            model(**given, use_cache=use_cache)
+
+
 @pytest.mark.parametrize(
     ("size", "value"),
     [("num_heads", 0), ("num_layers", 2.0), ("num_layers", 0), ("intermediate_size", -1), ("vocab_size", 0)],

@@ -120,6 +120,7 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         through one even when none is given, so that its losses and logits are those it generates by. The same is true
         of a memory that it holds.
         """
+        _check_read(input_ids, inputs_embeds)
         if past_key_values is None and not self._reads_without_cache():
             past_key_values = self.make_cache()
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -200,10 +201,11 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: for a gradient outside training, if the configuration quantises the caches.
-            UserError: update_memory in training, with past_key_values, or without a layer that has a memory; an
-                attention_mask of another shape; a cache of a fixed size, a quantised or offloaded one of
-                Hugging Face, one of another model, or of other rows.
+            UserError: both input_ids and inputs_embeds, or neither; update_memory in training, with past_key_values, or
+                without a layer that has a memory; an attention_mask of another shape; a cache of a fixed size, a
+                quantised or offloaded one of Hugging Face, one of another model, or of other rows.
         """
+        _check_read(input_ids, inputs_embeds)
         if update_memory:
             self._check_can_update(cached=past_key_values is not None)
             use_cache = True
@@ -258,6 +260,12 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         self.requires_grad_(True)
         for parameter in self.frozen_parameters():
             parameter.requires_grad_(False)
+
+
+def _check_read(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Raises UserError for both, of which one would be read and the other not, and for neither."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise UserError("a model reads input_ids or inputs_embeds: give one of them")
 
 
 ARCHITECTURES: dict[str, type[TransformerLM]] = {}
