@@ -9,7 +9,7 @@ import torch
 from newllm import create_model
 from newllm.data import TokenFile
 from newllm.evaluation.checks import CHECK_SHAPE
-from newllm.evaluation.contexts import context_figures
+from newllm.evaluation.contexts import Fading, context_figures
 from newllm.resolution import resolve
 from newllm.settings import RunSettings
 
@@ -68,3 +68,11 @@ def test_the_mean_is_over_tokens_and_gates_are_left_as_they_were():
     assert figures["layers"][0]["median"] == pytest.approx(windows / open_tokens / math.log(2), rel=1e-5)
     handle.remove()
     assert not cell.retained._forward_hooks
+
+
+def test_what_never_fades_is_the_slowest_and_not_the_fastest():
+    fading = Fading()
+    fading.add(torch.nn.Identity(), (), torch.tensor([1.0, 0.5, 1.0]).expand(2, 4, 1, 3))
+    scales = fading.time_scales()
+    assert scales.max() == scales.median() == math.inf
+    assert scales[0, 1] == pytest.approx(1 / math.log(2))

@@ -59,7 +59,7 @@ class Fading:
 
     def time_scales(self) -> Tensor:
         """τ in tokens, (K, S); infinite where nothing has faded."""
-        return -self.count / torch.as_tensor(self.total)
+        return self.count / torch.as_tensor(self.total).abs()  # not −count / total, which is −∞ for a total of 0
 
 
 @contextlib.contextmanager
