@@ -17,17 +17,9 @@ def contexts_section(summaries: list[ModelSummary]) -> dict[str, Any] | None:
 
 
 def cells(records: list[dict[str, Any]]) -> list[str]:
-    """Median and largest time scale of each layer; one record for each seed."""
+    """Median and largest time scale, layer by layer; one record for each seed."""
     layers = list(zip(*(record["layers"] for record in records), strict=True))  # of each layer, its entry in every seed
-    return [
-        "; ".join(f"{_place(entries)}: {_scale([entry[key] for entry in entries])}" for entries in layers)
-        for key in ("median", "largest")
-    ]
-
-
-def _place(entries: tuple[dict[str, Any], ...]) -> str:
-    layer = entries[0]["layer"]
-    return "before the layers" if layer is None else f"layer {layer}"
+    return [", ".join(_scale([entry[key] for entry in entries]) for entries in layers) for key in ("median", "largest")]
 
 
 def _scale(tokens: list[float | None]) -> str:
