@@ -22,7 +22,8 @@ def context_figures(model: TransformerLM, tokens: TokenFile, settings: CommonSet
     """Time scales of every layer of contexts over the windows of training; None for a model whose contexts never fade.
 
     In c_t = a_t c_{t−1} + b_t a number of a context fades to 1/e in τ = −1 / mean(log a) tokens. Of the τ of a layer's
-    K·S numbers "median" and "largest" are told; of gates which see the text these are what training has made of them.
+    K·S numbers "median" (of two in the middle the shorter) and "largest" are told; of gates which see the text these
+    are what training has made of them.
     """
     cells = {name: cell for name, cell in model.named_modules() if isinstance(cell, ContextCell) and cell.fades}
     if not cells:
