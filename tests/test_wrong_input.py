@@ -184,6 +184,14 @@ CASES = {
         lambda p: p.train("--model", "pythia:initializer_range=-1"),
         "initializer_range is -1: it must be at least 0",
     ),
+    "text for the size of embeddings": (
+        lambda p: p.train("--model", "pythia:embedding_std=big"),
+        "embedding_std is 'big': it must be a number",
+    ),
+    "embeddings of negative size": (
+        lambda p: p.train("--model", "pythia:embedding_std=-0.2"),
+        "embedding_std is -0.2: it must be at least 0",
+    ),
     "300 digits in an option": (lambda p: p.train("--model", f"gqa:window={'1' * 300}"), "the value of window cannot"),
     "1,000 brackets in an option": (lambda p: p.train("--model", f"gqa:window={'[' * 1000}"), "the value of window"),
     "position given twice": (

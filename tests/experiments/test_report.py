@@ -450,11 +450,10 @@ def test_the_recall_section_is_drawn(tmp_path, width):
         assert {name.text for name in names} == {"pythia", "pythia_alibi", "gqa", "mqa"}
         lines = "return document.querySelectorAll('#plot-recall .scatterlayer .trace').length"
         assert driver.execute_script(lines) == 8
-        driver.execute_script("document.querySelectorAll('.legend')[1].children[3].click()")  # gqa
+        gqa = "[...document.querySelectorAll('.legend button')].filter(each => each.textContent === 'gqa')"
+        driver.execute_script(f"{gqa}[1].click()")
         assert driver.execute_script(lines) == 5
-        pressed = (
-            "return [...document.querySelectorAll('.legend')].map(l => l.children[3].getAttribute('aria-pressed'))"
-        )
+        pressed = f"return {gqa}.map(each => each.getAttribute('aria-pressed'))"
         assert driver.execute_script(pressed) == ["false", "false"]
 
 

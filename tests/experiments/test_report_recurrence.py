@@ -1,5 +1,8 @@
 """The report's section on models that feed a state back."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from results_fixture import make_results
 
@@ -7,6 +10,10 @@ from newllm.experiments.report import write_report
 from newllm.experiments.report.recurrence import recurrence_plots, recurrence_section
 from newllm.experiments.results import read_results, write_results
 from newllm.experiments.summary import summarise
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from chromium import needs_chromium
+from screenshot import browser, open_report
 
 
 def section(folder, made):
@@ -50,6 +57,24 @@ def test_the_section_stands_where_there_are_such_models(tmp_path):
     assert gqa[4].startswith("81.00")
     assert gqa[5].startswith("0.500")
     assert "by true recurrence, which is the one that counts: gqa 89.00 and 81.00" in markdown
+
+
+@needs_chromium
+def test_each_legend_has_the_models_of_its_curves_and_one_switches_them_off_in_all(tmp_path):
+    write_results(tmp_path, results())
+    with browser(1280, 900) as driver:
+        open_report(driver, write_report(tmp_path))
+        curves, passes = driver.find_elements("css selector", ".legend")
+        all_models, of_passes = (
+            [button.text for button in legend.find_elements("css selector", "button")] for legend in (curves, passes)
+        )
+        assert all_models == list(dict.fromkeys(row["model"] for row in results()["rows"]))
+        assert of_passes == ["gqa", "mqa"]
+        driver.execute_script("arguments[0].children[1].click()", passes)
+        off = "return [...document.querySelectorAll('.legend [aria-pressed=false]')].map(each => each.textContent)"
+        assert driver.execute_script(off) == ["mqa", "mqa"]
+        drawn = "return document.querySelectorAll('#plot-recurrence .scatterlayer .trace').length"
+        assert driver.execute_script(drawn) == 1
 
 
 def test_plots_have_passes_and_the_truth():

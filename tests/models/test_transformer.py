@@ -90,3 +90,21 @@ def test_layers_that_are_given_begin_as_the_models_own_and_those_of_a_model_stay
     assert layer.qkv.weight.std() < 0.02
     torch.nn.init.ones_(model.layers[0].qkv.weight)
     assert (TransformerLM(layers=list(model.layers), vocab_size=11).layers[0].qkv.weight == 1).all()
+
+
+def test_embeddings_begin_with_a_standard_deviation_of_their_own(tmp_path):
+    shape = {**CHECK_SHAPE, "vocab_size": 500}
+    torch.manual_seed(0)
+    usual = create_model("pythia", **shape)
+    torch.manual_seed(0)
+    larger = create_model("pythia", **shape, embedding_std=0.2)
+    std = {name: weight.std().item() for name, weight in larger.named_parameters() if weight.dim() == 2}
+    assert usual.embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert std.pop("embed.weight") == pytest.approx(0.2, rel=0.05)
+    assert list(std.values()) == pytest.approx([0.02] * len(std), rel=0.05)
+    torch.nn.init.ones_(larger.embed.weight)
+    larger.save_pretrained(tmp_path)
+    assert (load_model(tmp_path).embed.weight == 1).all(), "what was trained stays"
+    # What a state brings into the layers is as large as an embedding.
+    fed_back = create_model("continuous_fuse", **shape, embedding_std=0.2).proj.weight
+    assert fed_back.std().item() == pytest.approx(0.2 / shape["hidden_size"] ** 0.5, rel=0.1)

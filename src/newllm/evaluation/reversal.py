@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from newllm.data.reversal import DIRECTIONS, GROUPS, Kind, Pair, ReversalTask, Sentence
+from newllm.evaluation.cache_size import cache_bytes
 from newllm.evaluation.perplexity import perplexity
 from newllm.evaluation.reading import as_measured
 from newllm.evaluation.recall import Z, wilson
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 NEEDED = 0.95
 """Share of the pairs told forward only that must be answered forward, before the backward figures mean anything."""
 PERMUTATIONS = 9999
+MOST_BYTES = 2**28
+"""Of the caches of all answers that are read at a time: the matrices of compressive memories are large."""
 
 
 def evaluate_reversal(
@@ -162,18 +165,27 @@ def answer_scores(model: TransformerLM, prompts: list[list[int]], answers: list[
     """(P, A) float32: log p of each answer after each prompt, summed over the answer's tokens.
 
     Prompts of one length are read into a cache, whose rows are then repeated for all answers of one length: nothing is
-    padded. As many prompts at a time as keep the answers' tokens within most_tokens, but at least one.
+    padded. As many prompts at a time as keep the answers' tokens within most_tokens and their caches within MOST_BYTES,
+    but at least one.
     """
     scores = torch.zeros(len(prompts), len(answers), device=model.device)
+    most_rows = MOST_BYTES // _bytes_after(model, max(prompts, key=len))
     for asked in _by_length(answers):
         wanted = torch.tensor([answers[i] for i in asked], device=model.device)  # (A', L)
-        at_a_time = max(1, most_tokens // wanted.numel())
+        at_a_time = max(1, min(most_tokens // wanted.numel(), most_rows // len(asked)))
         for chosen in _by_length(prompts):
             for start in range(0, len(chosen), at_a_time):
                 batch = chosen[start : start + at_a_time]
                 rows = torch.tensor([prompts[i] for i in batch], device=model.device)
                 scores[np.ix_(batch, asked)] = _log_p(model, rows, wanted)
     return scores
+
+
+def _bytes_after(model: TransformerLM, prompt: list[int]) -> int:
+    """Of the cache of one row that has read a prompt."""
+    cache = model.make_cache()
+    model.hidden_states(torch.tensor([prompt], device=model.device), past_key_values=cache)
+    return max(1, cache_bytes(cache).used)
 
 
 def _log_p(model: TransformerLM, prompts: Tensor, answers: Tensor) -> Tensor:

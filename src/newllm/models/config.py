@@ -27,6 +27,8 @@ class LMConfig(PreTrainedConfig):
         tie_word_embeddings: share the input embedding with the output head.
         layer_norm_eps: epsilon of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
+        embedding_std: that of the initial embeddings; None for initializer_range. Where layers add to the embeddings
+            before they read them (GPT-2's residual), small ones are drowned at first (docs/pythia.md).
         cache_precision: how caches store what grows with the text: 'model' (in the dtype it is computed in), 'int8' or
             'int4', see `ops.quantize`.
 
@@ -43,6 +45,7 @@ class LMConfig(PreTrainedConfig):
     layer_specs: list[dict[str, Any]] = field(default_factory=list)
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    embedding_std: float | None = None
     use_cache: bool = True
     cache_precision: str = "model"
     tie_word_embeddings: bool = False
@@ -63,12 +66,20 @@ class LMConfig(PreTrainedConfig):
         """Raises UserError for a number or switch that is none. (Who uses a name knows the valid ones.)"""
         for name in self.option_names():
             value, kind = getattr(self, name), type(getattr(type(self), name, None))
+            if name == "embedding_std" and value is not None:
+                kind = float
             fits = type(value) is kind or (kind is float and type(value) is int)
             if kind in IN_WORDS and not fits:
                 raise UserError(f"{name} is {value!r}: it must be {IN_WORDS[kind]}")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        for name in ("layer_norm_eps", "initializer_range", "embedding_std"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name} is {value}: it must be at least 0")
+
+    @property
+    def std_of_embeddings(self) -> float:
+        """Standard deviation of the initial embeddings."""
+        return self.initializer_range if self.embedding_std is None else self.embedding_std
 
     @classmethod
     def option_names(cls) -> list[str]:

@@ -28,7 +28,15 @@ FORMAT_VERSION = "1"
 # The fields of a header, beside format and checksum.
 KINDS = {"model": str, "about": str, "layers": list, "tokens_read": int, "sources": list, "version": str}
 # What of a configuration does not decide the numbers that a model computes.
-NOT_SHAPING = {"num_hidden_layers", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+NOT_SHAPING = {
+    "num_hidden_layers",
+    "initializer_range",
+    "embedding_std",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Projection(Linear):
 
     h, which goes into the final LayerNorm, is a sum over all layers and of no particular scale: it is normalised here
     too. No bias and no learned norm: zeros stay zeros, so that a state of zeros is none. W begins so small that its
-    output has the standard deviation of an embedding, `initializer_range`: the layers begin with what they know.
+    output has the standard deviation of an embedding: the layers begin with what they know.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -86,7 +86,7 @@ class ManyPassesLM(TransformerLM):
         super()._init_weights(module)
         if isinstance(module, Projection):
             # Through torch.nn.init, which spares loaded weights.
-            nn.init.normal_(module.weight, std=self.config.initializer_range / module.in_features**0.5)
+            nn.init.normal_(module.weight, std=self.config.std_of_embeddings / module.in_features**0.5)
 
     def _check_can_hold(self) -> None:
         if self.num_passes > 1:

@@ -65,8 +65,12 @@ class TransformerLM(HoldsMemory, PreTrainedModel, GenerationMixin):
         fresh = not getattr(module, "_is_hf_initialized", False)
         super()._initialize_weights(module, is_custom_code)
         loaded = all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters())
-        if isinstance(module, Layer) and fresh and not loaded:
+        if not fresh or loaded:
+            return
+        if isinstance(module, Layer):
             module.reset_parameters()
+        elif module is self.embed and self.config.embedding_std is not None:
+            nn.init.normal_(self.embed.weight, std=self.config.embedding_std)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed

@@ -71,7 +71,7 @@ class Found(NamedTuple):
 
 
 def read_segments(
-    q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, normaliser: Tensor, turns: Tensor, *, delta: bool, last: bool
+    q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, normaliser: Tensor, turns: Tensor, *, delta: bool, writes: int
 ) -> tuple[Found, Tensor, Tensor]:
     """Reads N memories with the queries of G segments, each as the segments before it have left them, and writes.
 
@@ -82,21 +82,22 @@ def read_segments(
         v: (B, H, G, S, dv).
         matrix: (B, N, H, d, dv) before the first segment; normaliser: (B, N, H, d).
         turns: (B, G) int64, the memory to which each segment is written; −1 for none.
-        last: write the last segment too; without it, the memories returned are those it met.
+        writes: the first so many segments are written, and those after them only read.
 
     Returns:
         what was found; matrix and normaliser after all segments.
     """
-    G, found = q.shape[2], []
+    G, found, start = q.shape[2], [], 0
     block = 1 if delta else BLOCK
-    for start in range(0, G, block):
-        stop = min(start + block, G)
-        written = stop if last or stop < G else stop - 1
+    while start < G:
+        # What comes after the last write meets the same memories, and is read at once.
+        stop = min(start + block, G) if start < writes else G
+        written = min(stop, writes)
         k_, v_, turns_ = k[:, :, start:written], v[:, :, start:written], turns[:, start:written]
         before, met = matrix.unsqueeze(3), normaliser.unsqueeze(3)  # (B, N, H, 1, d, dv), (B, N, H, 1, d)
-        if delta and written > start:
+        if delta and start < written:
             matrix, normaliser = write(k_[:, :, 0], v_[:, :, 0], matrix, normaliser, turns_[:, 0], delta=True)
-        elif written > start:
+        elif start < written:
             chosen = _one_hot(turns_, matrix.shape[1], q.dtype)  # (B, N, s)
             add, add_normaliser = k_.transpose(3, 4) @ v_, k_.sum(dim=3)  # (B, H, s, d, dv), (B, H, s, d)
             # Segment g meets what the segments s < g of its block add: a sum over s with weights 0 and 1.
@@ -106,9 +107,9 @@ def read_segments(
             met = met + torch.einsum("bngs,bhsd->bnhgd", weights, add_normaliser)
             matrix = matrix + torch.einsum("bns,bhsde->bnhde", chosen, add)
             normaliser = normaliser + torch.einsum("bns,bhsd->bnhd", chosen, add_normaliser)
-        q_ = q[:, None, :, start:stop]
-        reads, mass = read(q_, before, met)
+        reads, mass = read(q[:, None, :, start:stop], before, met)
         found.append((reads, mass, met.expand(*met.shape[:3], stop - start, -1)))
+        start = stop
     return Found(*(torch.cat(part, dim=3) for part in zip(*found, strict=True))), matrix, normaliser
 
 

@@ -124,24 +124,31 @@ function drawAll() {
   return Promise.all(Object.keys(report.figures).map(draw)).then(() => { document.body.dataset.drawn = "yes"; });
 }
 
+// One before the curves of each section, with the models that have a curve there.
 function buildLegend() {
-  const legends = [...document.querySelectorAll(".legend")];
-  for (const legend of legends) report.models.forEach((model, index) => {
-    const look = looks[index];
-    const button = document.createElement("button");
-    button.type = "button";
-    button.setAttribute("aria-pressed", String(!hidden.has(index)));
-    const pattern = { solid: "", dash: "6 4", dot: "2 3" }[look.dash];
-    button.innerHTML = `<svg width="26" height="10" aria-hidden="true"><line x1="0" x2="26" y1="5" y2="5" stroke="var(${look.color})" stroke-width="3" stroke-dasharray="${pattern}"/></svg>`;
-    button.append(model.valid ? model.name : `${model.name} (INVALID)`);
-    button.addEventListener("click", () => {
-      const show = hidden.delete(index);
-      if (!show) hidden.add(index);
-      for (const each of legends) each.children[index].setAttribute("aria-pressed", String(show));
-      drawAll();
+  const buttons = report.models.map(() => []);
+  for (const legend of document.querySelectorAll(".legend")) {
+    const plots = [...legend.closest("section").querySelectorAll(".plot")];
+    const drawn = new Set(plots.flatMap((plot) => report.figures[plot.id].data.map((trace) => trace.meta.model)));
+    report.models.forEach((model, index) => {
+      if (!drawn.has(index)) return;
+      const look = looks[index];
+      const button = document.createElement("button");
+      button.type = "button";
+      button.setAttribute("aria-pressed", String(!hidden.has(index)));
+      const pattern = { solid: "", dash: "6 4", dot: "2 3" }[look.dash];
+      button.innerHTML = `<svg width="26" height="10" aria-hidden="true"><line x1="0" x2="26" y1="5" y2="5" stroke="var(${look.color})" stroke-width="3" stroke-dasharray="${pattern}"/></svg>`;
+      button.append(model.valid ? model.name : `${model.name} (INVALID)`);
+      button.addEventListener("click", () => {
+        const show = hidden.delete(index);
+        if (!show) hidden.add(index);
+        for (const each of buttons[index]) each.setAttribute("aria-pressed", String(show));
+        drawAll();
+      });
+      buttons[index].push(button);
+      legend.append(button);
     });
-    legend.append(button);
-  });
+  }
 }
 
 function makeSortable(table) {

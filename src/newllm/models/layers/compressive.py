@@ -133,7 +133,7 @@ class CompressiveLayer(Layer):
         G = -(-T // self.segment_length)
         complete = torch.full((B,), T // self.segment_length, device=q.device)
         q, k, v = (F.pad(x, (0, 0, 0, G * self.segment_length - T)) for x in (q, k, v))
-        mixed, _ = self._segments(q, k, v, self._empty_memory(q), complete, last=False)
+        mixed, _ = self._segments(q, k, v, self._empty_memory(q), complete, writes=G - 1)
         return mixed[:, :T]
 
     def _chunk(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
@@ -152,11 +152,12 @@ class CompressiveLayer(Layer):
         present = torch.cat([held, real], dim=1)  # (B, S + T)
         ranks = present.cumsum(dim=1)
         count = ranks[:, -1]
-        G = -(-(S - 1 + T) // S)
-        size = G * S
+        most = int(count.max())  # in a row
+        size = max(1, -(-most // S)) * S
         slots = torch.where(present, ranks - 1, size)  # what is not there goes to a slot behind the last
         k, v = (lay_out(torch.cat(parts, dim=1), slots, size) for parts in ((keys, k), (values, v)))
-        mixed, memory = self._segments(lay_out(q, slots[:, S:], size), k, v, memory, count // S, last=True)
+        q = lay_out(q, slots[:, S:], size)
+        mixed, memory = self._segments(q, k, v, memory, count // S, writes=most // S)
         newest = (count[:, None] - S + torch.arange(S, device=q.device)).clamp(min=0)
         pending = {"keys": pick(k, newest), "values": pick(v, newest), "filled": count % S}
         state.write(T, **memory, **pending)
@@ -201,11 +202,11 @@ class CompressiveLayer(Layer):
         memory: dict[str, Tensor],
         complete: Tensor,
         *,
-        last: bool,
+        writes: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """All of G segments (B, G·S, D), the first `complete` (B,) of which are full and written.
 
-        last: whether what becomes of the memories after the last segment matters.
+        writes: no row writes more than so many, or what it writes after them does not matter.
         """
         q, k, v = (x.unflatten(1, (-1, self.segment_length)) for x in (q, k, v))
         mixed = self.attention.whole(q, k, v)  # (B, G, S, D)
@@ -219,7 +220,9 @@ class CompressiveLayer(Layer):
             if self.key_shift:
                 k, before = shift(k, memory["before"], complete * self.segment_length)
                 memory = memory | {"before": before}
-            found, matrix, normaliser = read_segments(features, k, v, matrix, normaliser, turns, delta=rule, last=last)
+            found, matrix, normaliser = read_segments(
+                features, k, v, matrix, normaliser, turns, delta=rule, writes=writes
+            )
             mixed = self._gate(features, found, mixed)
             written = memory["written"] + (turns >= 0).sum(dim=1)
             memory = memory | {"matrix": matrix, "normaliser": normaliser, "written": written}
