@@ -130,11 +130,17 @@ class CompressiveLayer(Layer):
     def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A whole text without padding (B, T, D): its first token begins the first segment of every row."""
         B, T, _ = q.shape
-        G = -(-T // self.segment_length)
-        complete = torch.full((B,), T // self.segment_length, device=q.device)
-        q, k, v = (F.pad(x, (0, 0, 0, G * self.segment_length - T)) for x in (q, k, v))
-        mixed, _ = self._segments(q, k, v, self._empty_memory(q), complete, writes=G - 1)
+        S = self.segment_length
+        complete = torch.full((B,), T // S, device=q.device)
+        q, k, v = (F.pad(x, (0, 0, 0, self._slots(T) - T)) for x in (q, k, v))
+        # A segment after which nothing comes need not be written.
+        mixed, _ = self._segments(q, k, v, self._empty_memory(q), complete, writes=(T - 1) // S)
         return mixed[:, :T]
+
+    def _slots(self, tokens: int) -> int:
+        """Places for so many tokens of a row: whole segments, or where they do not fill one, as many as they are."""
+        S = self.segment_length
+        return max(1, tokens) if tokens < S else -(-tokens // S) * S
 
     def _chunk(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MemoryState) -> Tensor:
         """Any number of tokens (B, T, D) after what the state holds.
@@ -152,8 +158,8 @@ class CompressiveLayer(Layer):
         present = torch.cat([held, real], dim=1)  # (B, S + T)
         ranks = present.cumsum(dim=1)
         count = ranks[:, -1]
-        most = int(count.max())  # in a row
-        size = max(1, -(-most // S)) * S
+        most = max(count.tolist(), default=0)
+        size = self._slots(most)
         slots = torch.where(present, ranks - 1, size)  # what is not there goes to a slot behind the last
         k, v = (lay_out(torch.cat(parts, dim=1), slots, size) for parts in ((keys, k), (values, v)))
         q = lay_out(q, slots[:, S:], size)
@@ -204,11 +210,11 @@ class CompressiveLayer(Layer):
         *,
         writes: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """All of G segments (B, G·S, D), the first `complete` (B,) of which are full and written.
+        """All of G segments (B, G·S, D), the first `complete` (B,) of which are full and written; or of a shorter one.
 
         writes: no row writes more than so many, or what it writes after them does not matter.
         """
-        q, k, v = (x.unflatten(1, (-1, self.segment_length)) for x in (q, k, v))
+        q, k, v = (x.unflatten(1, (-1, min(x.shape[1], self.segment_length))) for x in (q, k, v))
         mixed = self.attention.whole(q, k, v)  # (B, G, S, D)
         if self.num_memories:
             G = q.shape[1]
