@@ -363,7 +363,19 @@ def test_models_lists_every_model_and_explains_one(capsys):
     assert all(f"{option}=" in told for option in ("kv_dim", "position", "rope_dim", "path"))
     assert "r, the width of the latent" in told
     assert cli.main(["models", "continuous_fuse"]) == 0
-    assert "input=fuse, feedback=state, extra_passes=0, use_h1=False" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "input=fuse, feedback=state, extra_passes=0, use_h1=False" in told
+    assert "the head reads a learned combination of first and last pass" in told
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_option_that_models_names_is_explained(name, capsys):
+    assert cli.main(["models", name]) == 0
+    titles, told = [], capsys.readouterr().out
+    for title in re.findall(r"^(?:Every model|Layer type .*|.*, the model): (.*)$", told, re.M):
+        titles += re.findall(r"(\w+)=", re.sub(r"\{.*?\}", "", title))
+    assert len(titles) > 5
+    assert [option for option in titles if not re.search(rf"^ {{8}}(\w+, )*{option}(, \w+)*:", told, re.M)] == []
 
 
 @pytest.fixture

@@ -35,6 +35,10 @@ class HierarchicalLayer(MultiMemoryLayer):
 
     The coarse read is σ(q) ΣM / (σ(q)·Σz). A gate γ on it, for each query and head, decides what is taken of the fine
     read: (1 − γ) · coarse + γ · fine.
+
+    Args:
+        num_memories: N, of the fine ones.
+        segment_length, local, position, memory_head_dim, use_delta_rule, memory_grad, key_shift: as of `InfiniLayer`.
     """
 
     def _make_mixer(self) -> None:

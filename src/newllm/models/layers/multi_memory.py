@@ -25,7 +25,7 @@ class MultiMemoryLayer(CompressiveLayer):
 
     Args:
         num_memories: N.
-        others: see `InfiniLayer`.
+        segment_length, local, position, memory_head_dim, use_delta_rule, memory_grad, key_shift: as of `InfiniLayer`.
     """
 
     variants = (
