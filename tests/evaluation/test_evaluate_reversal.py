@@ -190,7 +190,7 @@ def test_an_untrained_model_guesses(data):
 
 
 @pytest.mark.parametrize("name", ["pythia", "mla", "infini_all", "pythia:window=4"])
-def test_scores_are_those_of_reading_the_whole_sentence(data, name):
+def test_scores_are_those_of_reading_the_whole_sentence(data, name, monkeypatch):
     name, _, option = name.partition(":")
     options = {"segment_length": 4} if name == "infini_all" else {"window": 4} if option else {}
     model = model_of(data, name, **options)
@@ -201,6 +201,8 @@ def test_scores_are_those_of_reading_the_whole_sentence(data, name):
             whole = torch.tensor([[*prompts[i], *answers[j]]])
             expected = -model.token_losses(whole)[0, len(prompts[i]) - 1 :].sum()
             torch.testing.assert_close(scores[i, j], expected, atol=1e-4, rtol=1e-4)
+        monkeypatch.setattr("newllm.evaluation.reversal.MOST_BYTES", 1)  # one prompt at a time
+        torch.testing.assert_close(answer_scores(model, prompts, answers, most_tokens=1000), scores)
 
 
 def test_memory_is_not_read(data):
