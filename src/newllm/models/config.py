@@ -28,7 +28,8 @@ class LMConfig(PreTrainedConfig):
         layer_norm_eps: epsilon of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
         embedding_std: that of the initial embeddings; None for initializer_range (`ContextVectorLM`: 1). What GPT-2's
-            residual adds to embeddings before an MLP reads them drowns small ones (docs/pythia.md).
+            residual adds to embeddings before an MLP reads them drowns small ones (docs/pythia.md). Where
+            the head shares them, its own too.
         cache_precision: how caches store what grows with the text: 'model' (in the dtype it is computed in), 'int8' or
             'int4', see `ops.quantize`.
 
