@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from newllm.devices import autocast, machine_info, resolve_device, resolve_precision, set_threads
+from newllm.devices import autocast, machine_info, prepare_process, resolve_device, resolve_precision
 from newllm.errors import UserError
 
 CPU = torch.device("cpu")
@@ -46,5 +46,5 @@ def test_machine_info_names_what_figures_depend_on():
 def test_more_threads_than_any_machine_has_are_refused():
     before = torch.get_num_threads()
     with pytest.raises(UserError, match="--threads is 100000: it must be at most 1024"):
-        set_threads(100_000)
+        prepare_process(100_000)
     assert torch.get_num_threads() == before

@@ -205,7 +205,7 @@ def test_loading_keeps_the_weights_and_starts_from_no_others(tmp_path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("options", [{}, {"rope_dim": 16}], ids=str)
 def test_under_autocast_every_product_is_bf16(path, options, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "MOST_KEYS", 0)  # whose scores are float32: here the layer's own products
+    monkeypatch.setattr(blocked_attention, "usable", lambda *_: False)  # its scores are float32: here the layer's own
 
     class Products(TorchDispatchMode):
         dtypes: set[torch.dtype] = set()  # noqa: RUF012

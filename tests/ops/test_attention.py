@@ -73,14 +73,15 @@ def test_as_many_weights_are_dropped_as_was_asked_and_others_each_time(dtype):
     assert float(((first == 0) == (second == 0))[..., seen].float().mean()) == pytest.approx(0.625, abs=0.008)
 
 
-@given(case=cases(), block=st.sampled_from([1, 3, 4, 128]))
-def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(case, block):
+@given(case=cases(), block=st.sampled_from([1, 3, 4, 128]), amx=st.booleans())
+def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(case, block, amx):
     qkv, options = tensors(case)
     for x in qkv:
         x.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "DIRECT_QUERIES", 0)
         patch.setattr(blocked_attention, "QUERIES", block)
+        patch.setattr(blocked_attention, "has_amx", lambda: amx)
         patch.setattr(blocked_attention, "usable", lambda *_: True)
         fast = attention.causal_attention(*qkv, **options)
         grad = torch.randn_like(fast)
@@ -92,7 +93,8 @@ def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(c
 
 @pytest.mark.parametrize("options", [{}, {"window": 100}, {"slopes": torch.tensor([0.5, 0.1, 0.02, 0.004])}])
 @pytest.mark.parametrize("key_heads", [4, 1])
-def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads):
+@pytest.mark.parametrize("amx", [False, True])
+def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads, amx):
     """Errors of results and gradients against float64, both under the autocast of training, where scores are large."""
     exact = [torch.randn(2, heads, 300, 32, dtype=torch.float64) for heads in (4, key_heads, key_heads)]
     exact[0] *= 4
@@ -106,9 +108,10 @@ def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads):
 
     expected = outcome(exact)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
-        assert blocked_attention.usable(*low[:2])
+        patch.setattr(blocked_attention, "has_amx", lambda: amx)
+        patch.setattr(blocked_attention, "usable", lambda *_: True)
         ours = outcome(low)
-        patch.setattr(blocked_attention, "MOST_KEYS", 0)
+        patch.setattr(blocked_attention, "usable", lambda *_: False)
         fused = outcome(low)
     for a, b, c in zip(ours, fused, expected, strict=True):
         assert a.dtype == b.dtype == torch.bfloat16

@@ -29,12 +29,12 @@ def open_model(settings: RunSettings) -> tuple[TransformerLM, PreTrainedTokenize
 
     from newllm.data import prepare
     from newllm.data.hub import load_tokenizer
-    from newllm.devices import resolve_device, set_threads
+    from newllm.devices import prepare_process, resolve_device
     from newllm.models import load_model, load_plugin, meta_model
     from newllm.training import new_model
 
     device = resolve_device(settings.device)
-    set_threads(settings.threads)
+    prepare_process(settings.threads)
     if folder.is_dir():
         plugin = plugin_of(folder, settings.plugin)
         if plugin is not None:

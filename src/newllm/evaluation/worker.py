@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from newllm.devices import set_threads
+from newllm.devices import prepare_process
 from newllm.errors import UserError
 from newllm.evaluation.cache_size import cache_bytes
 from newllm.evaluation.process_memory import peak_bytes
@@ -120,7 +120,7 @@ class Work:
 
     def _start(self, device: str, threads: int | None) -> None:
         self.device = torch.device(device)
-        set_threads(threads)
+        prepare_process(threads)
         torch.manual_seed(0)
 
     def _build_model(self, subject: dict[str, Any]) -> nn.Module:

@@ -19,7 +19,7 @@ from newllm import __version__
 from newllm.data import prepare
 from newllm.data.recall import RecallDataset
 from newllm.data.reversal import ReversalTask
-from newllm.devices import machine_info, resolve_device, resolve_precision, set_threads
+from newllm.devices import machine_info, prepare_process, resolve_device, resolve_precision
 from newllm.errors import UserError
 from newllm.evaluation.efficiency import KEYS as EFFICIENCY
 from newllm.evaluation.efficiency import measure_all
@@ -65,7 +65,7 @@ def compare(settings: ExperimentSettings) -> Path:
     resolve_device(settings.device)
     check_loggers(settings)
     jobs, threads = resolve_jobs(settings)
-    set_threads(settings.threads)
+    prepare_process(settings.threads)
     check_models(settings)
     out = resolve_out(settings)
     make_folder(out)

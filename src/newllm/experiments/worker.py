@@ -60,16 +60,15 @@ def read_commands(commands: queue.SimpleQueue[dict[str, Any]]) -> None:
 
 
 def work(commands: queue.SimpleQueue[dict[str, Any]], reporter: Reporter) -> None:
-    import torch
-
     from newllm.data.preparation import load_prepared
+    from newllm.devices import prepare_process
     from newllm.errors import UserError
     from newllm.experiments.run import error_line, finish_run
     from newllm.models import load_plugin
     from newllm.settings import RunSettings
 
     shared = commands.get()
-    torch.set_num_threads(shared["threads"])
+    prepare_process(shared["threads"])
     if shared["plugin"] is not None:
         load_plugin(shared["plugin"])
     data = load_prepared(Path(shared["data"]))

@@ -1,8 +1,9 @@
 """Causal attention in bf16 on a CPU: matrix products over blocks of queries, forwards and backwards.
 
 torch's fused kernel for CPUs multiplies bf16 at a third of the speed of its own matrix products, and least well in the
-backward of short texts. Here scores exist for one block of queries at a time, in float32 like their softmax, and are
-computed again in the backward; everything else is products of bf16. The twin is `reference.attention`.
+backward of short texts. With AMX, Intel's unit for such products, only the latter is left, and the kernel reads
+forwards. Here scores exist for one block of queries at a time, in float32 like their softmax, and are computed again in
+the backward; everything else is products of bf16. The twin is `reference.attention`.
 
 With dropout it is used in every dtype and at every length: torch's kernel for CPUs has none, and falls back to all
 scores at once. What was dropped is drawn again in the backward.
@@ -10,6 +11,7 @@ scores at once. What was dropped is drawn again in the backward.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,6 +21,7 @@ from torch.autograd.function import once_differentiable
 QUERIES = 128  # of a block
 # Above, the fused kernel is no slower, and needs no memory for scores.
 MOST_KEYS = 1024
+MOST_KEYS_AMX = 128
 
 # Start and stop of a block's queries, start and stop of the keys they may see, and what is added to their scores.
 Blocks = Callable[[], Iterator[tuple[int, int, int, int, Tensor]]]
@@ -26,26 +29,53 @@ Blocks = Callable[[], Iterator[tuple[int, int, int, int, Tensor]]]
 
 def usable(q: Tensor, k: Tensor, dropout: float = 0.0) -> bool:
     """Whether this is the faster form for the queries and keys of `attention.causal_attention`."""
-    return q.device.type == "cpu" and (dropout > 0 or (q.dtype == torch.bfloat16 and k.shape[2] <= MOST_KEYS))
+    most_keys = MOST_KEYS_AMX if has_amx() else MOST_KEYS
+    return q.device.type == "cpu" and (dropout > 0 or (q.dtype == torch.bfloat16 and k.shape[2] <= most_keys))
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, dropout: float = 0.0) -> Tensor:
+@functools.cache
+def has_amx() -> bool:
+    """Whether the CPU multiplies tiles of bf16."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def blocked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    scale: float,
+    dropout: float = 0.0,
+    forwards: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """softmax_j(scale · q_i·k_j + bias_ij) v_j. Shapes as in `attention.causal_attention`; differentiable once.
 
     blocks: called once forwards and once backwards; gives for each block of queries its bias, float32 of shape (1 or B,
     1 or H, queries, keys), which gets no gradient.
     dropout: a weight of the softmax is 0 with this probability, and else 1 / (1 − dropout) times as large.
+    forwards: computes the same from q, k and v, without dropout; of this module's work the backward is left.
     """
-    return _BlockedAttention.apply(q, k, v, blocks, scale, dropout)
+    return _BlockedAttention.apply(q, k, v, blocks, scale, dropout, forwards)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, dropout: float) -> Tensor:
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: Blocks,
+        scale: float,
+        dropout: float,
+        forwards: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v)
         ctx.blocks, ctx.scale, ctx.dropout = blocks, scale, dropout
         ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
+        if forwards is not None:
+            return forwards(q, k, v)
         draw = _draws(dropout, ctx.seed)
         keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (B·Hk, S, ·)
         mixed = q.new_empty(*q.shape[:3], v.shape[3])
@@ -78,7 +108,7 @@ class _BlockedAttention(torch.autograd.Function):
                 block = grad_q[:, :, start:stop]
                 torch.mul(torch.bmm(grad_scores, keys[:, first:last]).view(block.shape), ctx.scale, out=block)
         grad_k, grad_v = (grad_k * ctx.scale).to(k.dtype).view(k.shape), grad_v.to(v.dtype).view(v.shape)
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None, None
 
 
 def _weights(q: Tensor, keys: Tensor, blocks: Blocks, scale: float) -> Iterator[tuple[int, int, int, int, Tensor]]:

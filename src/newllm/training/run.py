@@ -18,7 +18,7 @@ import transformers
 
 from newllm.data.tasks import TASKS, WithTasks, stack_windows, task_shares, training_tasks
 from newllm.data.windows import StreamDataset, TaskDataset, WindowDataset
-from newllm.devices import resolve_device, set_threads
+from newllm.devices import prepare_process, resolve_device
 from newllm.errors import UserError
 from newllm.models import TransformerLM, create_model
 from newllm.models.projection import DProjLM
@@ -129,7 +129,7 @@ def _train(
 ) -> dict[str, TrainResult | ProjectionResult | Start]:
     """All phases, and model/; the result of each phase by its name in result.json, which says `before` so far."""
     transformers.utils.logging.disable_progress_bar()
-    set_threads(settings.threads)
+    prepare_process(settings.threads)
     assert settings.seq_length is not None
     windows = WindowDataset(data.splits["train"], settings.seq_length, settings.samples, settings.seed)
     transformers.set_seed(settings.seed)

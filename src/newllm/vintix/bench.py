@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from newllm.devices import machine_info, resolve_device, set_threads
+from newllm.devices import machine_info, prepare_process, resolve_device
 from newllm.vintix.inference import VintixEngine
 from newllm.vintix.model import VintixConfig, VintixModel, group_spec
 from newllm.vintix.settings import VintixBench, model_values
@@ -28,7 +28,7 @@ def bench_vintix(settings: VintixBench, progress: Callable[[str], None]) -> dict
         "speed_ratio": {"ratio", "range"}}]}; times are medians over the rounds, the ratio's range is over them too.
     """
     settings.check()
-    set_threads(settings.threads)
+    prepare_process(settings.threads)
     device = resolve_device(settings.device)
     torch.manual_seed(0)
     model = _model(settings).to(device)  # type: ignore[arg-type]

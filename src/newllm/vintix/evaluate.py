@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from newllm.devices import machine_info, resolve_device, set_threads
+from newllm.devices import machine_info, prepare_process, resolve_device
 from newllm.errors import UserError
 from newllm.training.checkpoints import write_whole
 from newllm.vintix.data import DATA_FILE
@@ -41,7 +41,7 @@ def evaluate(
     """
     settings.check_evaluate()
     transformers.utils.logging.disable_progress_bar()
-    set_threads(settings.threads)
+    prepare_process(settings.threads)
     runs = find_runs(folders, say)
     full = [run for run in runs if not run.demonstrator_only]
     if not full:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from newllm.devices import resolve_device, resolve_precision, set_threads
+from newllm.devices import prepare_process, resolve_device, resolve_precision
 from newllm.training.checkpoints import (
     claim_run_folder,
     complete_folder,
@@ -103,7 +103,7 @@ def _train(
     on_progress: Callable[[VintixProgress], None] | None,
 ) -> VintixTrainResult:
     transformers.utils.logging.disable_progress_bar()
-    set_threads(run.threads)
+    prepare_process(run.threads)
     transformers.set_seed(run.seed)
     data = windows.datasets
     model = new_model(run, data)
