@@ -1,5 +1,8 @@
 """Device and precision: what is asked for, what there is."""
 
+import platform
+import resource
+
 import pytest
 import torch
 
@@ -48,3 +51,15 @@ def test_more_threads_than_any_machine_has_are_refused():
     with pytest.raises(UserError, match="--threads is 100000: it must be at most 1024"):
         prepare_process(100_000)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """Another 64 MiB is written into the pages of the last ones, and not into new ones each time."""
+    prepare_process(None)
+    pages = 2**26 // resource.getpagesize()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2 * pages
