@@ -17,6 +17,7 @@ import yaml
 
 from newllm import __version__, cli
 from newllm.cli.bench import BENCHES
+from newllm.cli.registry import COMMANDS
 from newllm.commands.flags import field_docs
 from newllm.commands.generate import GenerateSettings, continue_text
 from newllm.data.hub import load_tokenizer
@@ -123,6 +124,17 @@ def test_help_imports_no_torch():
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+def test_help_names_the_configs_of_experiments_where_they_can_be_read(capsys):
+    """And nowhere else: `newllm train` cannot read what says which models to compare."""
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([*name.split(), "--help"])
+        assert ("context_remedies" in capsys.readouterr().out) == (name == "compare"), name
+    assert printed_config(["compare", "--config", "selective"], capsys)["epochs"] == 0.5
+    assert cli.main(["train", "--config", "selective"]) == 2
+    assert "--config selective: no such file" in capsys.readouterr().err
 
 
 def printed_config(argv, capsys) -> dict:

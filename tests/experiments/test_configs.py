@@ -34,7 +34,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", config_names(CONFIGS_FOLDER))
 def test_the_command_of_an_experiment_leads_to_its_report(name, cache, tmp_path, capsys):
     config = yaml.safe_load((CONFIGS_FOLDER / f"{name}.yaml").read_text())
     flags = QUICK | {"cache-dir": cache, "out": tmp_path / "out"}

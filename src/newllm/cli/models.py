@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from newllm.cli.registry import PLACE, command
 from newllm.paths import user_path
 from newllm.resolution import resolve
-from newllm.settings import DataSettings, EvaluationSettings, ExperimentSettings, RunSettings, ShapeSettings
+from newllm.settings import (
+    CONFIGS_FOLDER,
+    DataSettings,
+    EvaluationSettings,
+    ExperimentSettings,
+    RunSettings,
+    ShapeSettings,
+)
 
 if TYPE_CHECKING:
     from newllm.commands.flags import Parser
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
     "newllm compare --data my_texts/ --max-tokens 2000000 --lr 5e-4",
     "newllm compare --plugin my_layer.py --models pythia my_layer",
     "newllm compare --scale small --print_config > my.yaml && newllm compare --config my.yaml",
+    configs=CONFIGS_FOLDER,
 )
 def compare(parser: Parser, argv: list[str]) -> int:
     """Train several models under the same budget and write one report."""

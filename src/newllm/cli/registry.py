@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from newllm.settings import CONFIGS_FOLDER
-
 if TYPE_CHECKING:
     from newllm.commands.flags import Parser
 
@@ -29,8 +27,8 @@ class Command:
     examples: tuple[str, ...]
     usage: str = ""
     """What stands before the flags."""
-    configs: Path = CONFIGS_FOLDER
-    """Folder of the configs that --config knows by name."""
+    configs: Path | None = None
+    """Folder of the configs that --config knows by name, if there are any."""
 
     def __call__(self, argv: list[str]) -> int:
         from newllm.commands.flags import ConfigPrinted, Parser
@@ -50,9 +48,7 @@ def register(command: Command) -> None:
     COMMANDS[command.name] = command
 
 
-def command(
-    name: str, *examples: str, usage: str = "", configs: Path = CONFIGS_FOLDER
-) -> Callable[[Function], Function]:
+def command(name: str, *examples: str, usage: str = "", configs: Path | None = None) -> Callable[[Function], Function]:
     """Registers a function under its name; its docstring is what `newllm --help` says of it."""
 
     def registered(function: Function) -> Function:

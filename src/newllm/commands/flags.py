@@ -45,10 +45,10 @@ class Parser(jsonargparse.ArgumentParser):
         about: str = "",
         examples: str = "",
         usage: str = "[--FLAG VALUE …]",
-        configs: Path = CONFIGS_FOLDER,
+        configs: Path | None = None,
     ) -> None:
-        # A command with configs of its own is not about the language models that the presets name.
-        presets = f"presets: {', '.join(preset_files())}\n\n" if configs == CONFIGS_FOLDER else ""
+        # A command with other configs than those of `compare` is not about the language models that the presets name.
+        presets = f"presets: {', '.join(preset_files())}\n\n" if configs in (None, CONFIGS_FOLDER) else ""
         super().__init__(
             prog=f"newllm {command}",
             usage=f"newllm {command} {usage}",
@@ -59,7 +59,7 @@ class Parser(jsonargparse.ArgumentParser):
             print_config=None,
             allow_abbrev=False,
         )
-        self.configs = configs  # where named configs are
+        self.configs = configs  # where named configs are, if there are any
         self.settings_class: type | None = None
         self.names: list[str] = []
         self.where = ""  # the config file that complaints are about, while one is read
@@ -233,22 +233,22 @@ def default_in_words(default: Any, scaled: bool) -> str:
     return f"(default: {str(default).lower() if isinstance(default, bool) else default})"
 
 
-def config_names(configs: Path = CONFIGS_FOLDER) -> list[str]:
-    return sorted(path.stem for path in configs.glob("*.yaml"))
+def config_names(configs: Path | None) -> list[str]:
+    return [] if configs is None else sorted(path.stem for path in configs.glob("*.yaml"))
 
 
-def config_help(configs: Path = CONFIGS_FOLDER) -> str:
+def config_help(configs: Path | None) -> str:
     names = ", ".join(config_names(configs))
     return "YAML file with any of these settings (underscores for dashes)" + (
         f", or one of: {names}." if names else "."
     )
 
 
-def read_config(name: str, cls: type, configs: Path = CONFIGS_FOLDER) -> dict[str, Any]:
+def read_config(name: str, cls: type, configs: Path | None = None) -> dict[str, Any]:
     """The checked values of a config file, given by path or by its name in the folder of named ones."""
-    path = configs / f"{name}.yaml" if name in config_names(configs) else user_path(name)
+    path = configs / f"{name}.yaml" if configs is not None and name in config_names(configs) else user_path(name)
     if path.is_dir() or not path.exists():  # a pipe, as of `--config <(…)`, can be read
-        if path.suffix or path.name != name:
+        if configs is None or path.suffix or path.name != name:
             raise UserError(f"--config {name}: {'a folder: give a YAML file' if path.is_dir() else 'no such file'}")
         raise nearest(name, config_names(configs), "config", "(or give the path of a YAML file)")
     return check_config(read_yaml(path), cls, f"{path}: ")
