@@ -131,7 +131,7 @@ def test_help_names_the_configs_of_experiments_where_they_can_be_read(capsys):
     for name in COMMANDS:
         with pytest.raises(SystemExit):
             cli.main([*name.split(), "--help"])
-        assert ("context_remedies" in capsys.readouterr().out) == (name == "compare"), name
+        assert ("context_remedies" in capsys.readouterr().out) == (name in ("adapt", "compare")), name
     assert printed_config(["compare", "--config", "selective"], capsys)["epochs"] == 0.5
     assert cli.main(["train", "--config", "selective"]) == 2
     assert "--config selective: no such file" in capsys.readouterr().err

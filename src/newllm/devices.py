@@ -15,8 +15,9 @@ from newllm.errors import UserError
 from newllm.resolution import check_threads
 from newllm.settings import Precision
 
-KEPT_BYTES = 1 << 30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+HEAP_BYTES = 1 << 30  # of glibc's thresholds
+OLD_HEAP_BYTES = 1 << 25  # the most that older versions take for the second
 
 
 def resolve_device(device: str) -> torch.device:
@@ -64,15 +65,15 @@ def prepare_process(threads: int | None) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep up to a gigabyte of what is freed, for the next tensors.
+    """Lets glibc put tensors below a gigabyte into its heap, and give back nothing but a free end of more than that.
 
-    It would give large blocks back to the system at once, which then has to clear every page anew: of a training step
-    on a CPU that can be a tenth.
+    Else it gives large ones back to the system as soon as they are freed, which then has to clear every page for the
+    next: of a training step on a CPU that can be a tenth. What is free below a tensor in use stays with the process.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(threshold, KEPT_BYTES)
+        if libc.mallopt(M_MMAP_THRESHOLD, HEAP_BYTES) or libc.mallopt(M_MMAP_THRESHOLD, OLD_HEAP_BYTES):
+            libc.mallopt(M_TRIM_THRESHOLD, HEAP_BYTES)
 
 
 def machine_info() -> dict[str, Any]:
@@ -84,6 +85,7 @@ def machine_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "native_bf16": native_bf16(cpu),
+        "amx": bool(torch.cpu.get_capabilities().get("amx_bf16")),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

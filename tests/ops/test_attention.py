@@ -81,7 +81,7 @@ def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "DIRECT_QUERIES", 0)
         patch.setattr(blocked_attention, "QUERIES", block)
-        patch.setattr(blocked_attention, "has_amx", lambda: amx)
+        patch.setattr(blocked_attention, "AMX", amx)
         patch.setattr(blocked_attention, "usable", lambda *_: True)
         fast = attention.causal_attention(*qkv, **options)
         grad = torch.randn_like(fast)
@@ -108,7 +108,7 @@ def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads, amx)
 
     expected = outcome(exact)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_attention, "has_amx", lambda: amx)
+        patch.setattr(blocked_attention, "AMX", amx)
         patch.setattr(blocked_attention, "usable", lambda *_: True)
         ours = outcome(low)
         patch.setattr(blocked_attention, "usable", lambda *_: False)
@@ -116,6 +116,21 @@ def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads, amx)
     for a, b, c in zip(ours, fused, expected, strict=True):
         assert a.dtype == b.dtype == torch.bfloat16
         assert (a - c).norm() < 1.5 * (b - c).norm() < 0.02 * c.norm()
+
+
+@pytest.mark.parametrize("value_size", [8, 16, 24])
+@pytest.mark.parametrize("amx", [False, True])
+def test_what_comes_out_is_no_view_and_can_be_changed(value_size, amx, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "AMX", amx)
+    q, k = (torch.randn(1, 2, 20, 16, dtype=torch.bfloat16, requires_grad=True) for _ in "qk")
+    attention.causal_attention(q, k, torch.randn(1, 2, 20, value_size).bfloat16()).mul_(2).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiler_can_follow_it(dtype):
+    q, k, v = torch.randn(3, 1, 2, 20, 16).to(dtype)
+    compiled = torch.compile(attention.causal_attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), attention.causal_attention(q, k, v))
 
 
 @given(

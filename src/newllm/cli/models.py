@@ -59,6 +59,7 @@ def _compare(settings: ExperimentSettings) -> int:
     "newllm adapt runs/pythia-small-0 --models pythia infini_adapter",
     "newllm adapt pythia-70m/ --data my_texts/ --models pythia mla --max-tokens 2000000",
     usage="FOLDER",
+    configs=CONFIGS_FOLDER,
 )
 def adapt(parser: Parser, argv: list[str]) -> int:
     """Put a trained model into other layers, train on, and compare with training the model on as it is."""

@@ -65,7 +65,7 @@ def causal_attention(
     if blocked_attention.usable(q, k, dropout):
         blocks = functools.partial(_blocks, T, S, blocked_attention.QUERIES, slopes, window, mask, q)
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        forwards = fused if blocked_attention.has_amx() and not dropout else None
+        forwards = fused if blocked_attention.AMX and not dropout else None
         return blocked_attention.blocked_attention(q, k, v, blocks, scale, dropout, forwards)
     return fused(q, k, v, dropout=dropout)
 
@@ -153,7 +153,8 @@ def _sdpa(
         width = max(d, dv)
         q, k, v = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
         scale = d**-0.5 if scale is None else scale
-        return _sdpa(q, k, v, scale, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout)[..., :dv]
+        mixed = _sdpa(q, k, v, scale, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout)
+        return mixed if dv == width else mixed[..., :dv]
     if attn_mask is not None and q.device.type != "cpu":
         # The kernels of other devices want the mask in the dtype of q, and a mask rounded to bf16 is no option.
         q, k, v = (x.to(attn_mask.dtype) for x in (q, k, v))

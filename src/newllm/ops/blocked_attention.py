@@ -1,9 +1,11 @@
 """Causal attention in bf16 on a CPU: matrix products over blocks of queries, forwards and backwards.
 
 torch's fused kernel for CPUs multiplies bf16 at a third of the speed of its own matrix products, and least well in the
-backward of short texts. With AMX, Intel's unit for such products, only the latter is left, and the kernel reads
-forwards. Here scores exist for one block of queries at a time, in float32 like their softmax, and are computed again in
-the backward; everything else is products of bf16. The twin is `reference.attention`.
+backward of short texts. Here scores exist for one block of queries at a time, in float32 like their softmax, and are
+computed again in the backward; everything else is products of bf16. The twin is `reference.attention`.
+
+Where the CPU has AMX, Intel's unit for such products, only the kernel's backward of short texts is slow: there the
+kernel reads forwards, and that backward alone is computed here.
 
 With dropout it is used in every dtype and at every length: torch's kernel for CPUs has none, and falls back to all
 scores at once. What was dropped is drawn again in the backward.
@@ -11,7 +13,6 @@ scores at once. What was dropped is drawn again in the backward.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 QUERIES = 128  # of a block
+AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # a constant, which a compiler can follow
 # Above, the fused kernel is no slower, and needs no memory for scores.
-MOST_KEYS = 1024
-MOST_KEYS_AMX = 128
+MOST_KEYS = 128 if AMX else 1024
 
 # Start and stop of a block's queries, start and stop of the keys they may see, and what is added to their scores.
 Blocks = Callable[[], Iterator[tuple[int, int, int, int, Tensor]]]
@@ -29,14 +30,7 @@ Blocks = Callable[[], Iterator[tuple[int, int, int, int, Tensor]]]
 
 def usable(q: Tensor, k: Tensor, dropout: float = 0.0) -> bool:
     """Whether this is the faster form for the queries and keys of `attention.causal_attention`."""
-    most_keys = MOST_KEYS_AMX if has_amx() else MOST_KEYS
-    return q.device.type == "cpu" and (dropout > 0 or (q.dtype == torch.bfloat16 and k.shape[2] <= most_keys))
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether the CPU multiplies tiles of bf16."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return q.device.type == "cpu" and (dropout > 0 or (q.dtype == torch.bfloat16 and k.shape[2] <= MOST_KEYS))
 
 
 def blocked_attention(
@@ -53,7 +47,7 @@ def blocked_attention(
     blocks: called once forwards and once backwards; gives for each block of queries its bias, float32 of shape (1 or B,
     1 or H, queries, keys), which gets no gradient.
     dropout: a weight of the softmax is 0 with this probability, and else 1 / (1 − dropout) times as large.
-    forwards: computes the same from q, k and v, without dropout; of this module's work the backward is left.
+    forwards: another way to the same result, without dropout, from q, k and v; the gradient alone is computed here.
     """
     return _BlockedAttention.apply(q, k, v, blocks, scale, dropout, forwards)
 
@@ -75,7 +69,7 @@ class _BlockedAttention(torch.autograd.Function):
         ctx.blocks, ctx.scale, ctx.dropout = blocks, scale, dropout
         ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
         if forwards is not None:
-            return forwards(q, k, v)
+            return forwards(q, k, v).contiguous()  # no view, which could not be changed in place
         draw = _draws(dropout, ctx.seed)
         keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (B·Hk, S, ·)
         mixed = q.new_empty(*q.shape[:3], v.shape[3])
