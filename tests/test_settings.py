@@ -7,13 +7,13 @@ import pytest
 
 from newllm.commands.flags import Parser
 from newllm.resolution import resolve
-from newllm.settings import BUDGET, ExperimentSettings
+from newllm.settings import BUDGET, CONFIGS_FOLDER, ExperimentSettings
 
 RESULTS = Path(__file__).parents[1] / "docs" / "experiments"
 
 
 def settings_of(*argv):
-    parser = Parser("compare")
+    parser = Parser("compare", configs=CONFIGS_FOLDER)
     parser.add_settings(ExperimentSettings)
     return resolve(parser.settings(parser.parse(list(argv))))
 

@@ -432,7 +432,7 @@ def test_speed_of_a_run_taken_over_is_measured_here(text, finished, tmp_path):
     "--scale quickstart --models mla --lr 0.002 --efficiency false",
 ])  # fmt: skip
 def test_the_command_in_the_report_is_short_and_means_the_same(flags):
-    parser = Parser("compare", "", "", "")
+    parser = Parser("compare", configs=CONFIGS_FOLDER)
     parser.add_settings(ExperimentSettings)
     settings = resolve(parser.settings(parser.parse(flags.split())))
     said = command_line(settings)
@@ -525,7 +525,7 @@ def test_the_printed_command_repeats_the_comparison(changes):
     settings = resolve(ExperimentSettings(**changes))
     words = shlex.split(command_line(settings))
     assert words[:2] == ["newllm", "compare"]
-    parser = Parser("compare")
+    parser = Parser("compare", configs=CONFIGS_FOLDER)
     parser.add_settings(ExperimentSettings)
     assert dataclasses.asdict(resolve(parser.settings(parser.parse(words[2:])))) == dataclasses.asdict(settings)
 
