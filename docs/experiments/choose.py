@@ -18,7 +18,7 @@ from comparable import CACHE, STATE, Comparison, Group, grouped, read
 from pareto_plot import MEASURES, Panel, panels_html
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD
-from newllm.experiments.figures import figure, number, percent
+from newllm.experiments.figures import difference_percent, figure, number
 from newllm.experiments.report import markdown_cell
 from newllm.experiments.report import recall as across_segments
 from newllm.experiments.summary import measured, summarise
@@ -56,7 +56,7 @@ def table(group: Group) -> list[str]:
     for choice in group.choices:
         summary = choice.summary
         difference = summary.differences[LEAD.key]
-        verdict = f"{percent(difference.percent)}, {difference.verdict}" if difference else "—"
+        verdict = f"{difference_percent(difference)}, {difference.verdict}" if difference else "—"
         on = ", ".join(MEASURES[measure].name for measure, models in fronts.items() if summary.model in models)
         cells = [markdown_cell(summary.model) + (" †" if choice.aside else ""), str(len(summary.rows))]
         cells += [number(choice.megabytes, 2), number(summary.mean(CACHE) or 0, 0), number(summary.mean(STATE) or 0, 0)]

@@ -1,4 +1,6 @@
 import json
+import math
+import statistics
 
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from rich.console import Console
 
 from newllm.errors import UserError
 from newllm.experiments.columns import ALL_COLUMNS, LEAD, MAIN_COLUMNS
-from newllm.experiments.figures import number
+from newllm.experiments.figures import difference_percent, number, percent
 from newllm.experiments.results import check_taken_row, read_results, write_results
 from newllm.experiments.statistics import estimate, paired_difference, t_probability, t_quantile
 from newllm.experiments.summary import best_models, decimals, ranked, summarise
@@ -75,6 +77,34 @@ def test_pairing_by_seed_sees_what_the_intervals_of_the_means_hide():
 def test_a_difference_whose_interval_includes_zero_is_not_shown():
     difference = paired_difference({0: 101.0, 1: 99.0, 2: 101.0}, {0: 100.0, 1: 100.0, 2: 100.0})
     assert difference.verdict == "no difference shown"
+
+
+def test_seeds_that_lie_factors_apart_show_the_difference_that_each_of_them_has():
+    baseline = {0: 104.0, 1: 110.0, 2: 107.0}
+    worse = {0: 639.0, 1: 1227.0, 2: 2072.0}
+    difference = paired_difference(worse, baseline)
+    assert not difference.percent.excludes_zero
+    assert difference.verdict == "higher"
+    mirrored = paired_difference(baseline, worse)  # who is called the baseline decides nothing
+    assert mirrored.verdict == "lower"
+    low, high = (math.exp(mirrored.log_ratio.mean + side * mirrored.log_ratio.half_width) for side in (-1, 1))
+    ratios = [worse[seed] / baseline[seed] for seed in baseline]
+    assert low < 1 / statistics.geometric_mean(ratios) < high < 1
+    mean, highest, lowest = (100 * (ratio - 1) for ratio in (statistics.geometric_mean(ratios), 1 / low, 1 / high))
+    shown = f"+{mean:,.0f} % [+{lowest:,.0f}, +{highest:,.0f}]"
+    assert difference_percent(difference).replace("\u00a0", " ") == shown
+
+
+def test_seeds_that_lie_close_are_shown_with_their_mean_and_half_the_interval():
+    difference = paired_difference({0: 101.0, 1: 103.0, 2: 102.0}, {0: 100.0, 1: 100.0, 2: 100.0})
+    assert difference_percent(difference) == percent(difference.percent) == "+2.0\u00a0%\u00a0±\u00a02.5"
+
+
+def test_values_that_are_zero_have_no_ratio_and_are_compared_as_they_are():
+    difference = paired_difference({0: 0.0, 1: 0.0}, {0: 3.0, 1: 3.0})
+    assert difference.log_ratio is None
+    assert difference.verdict == "lower"
+    assert difference_percent(difference) == "−100.0\u00a0%"
 
 
 def test_only_shared_seeds_are_paired():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
-from newllm.experiments.statistics import Estimate, estimate
+from newllm.experiments.statistics import Difference, Estimate, estimate
 
 NO_BREAK = "\u00a0"
 
@@ -36,3 +37,13 @@ def percent(estimate_: Estimate) -> str:
     """−3.6 % ± 1.1, or −3.6 % where there is no interval (one seed, or an exact figure)."""
     places = 2 if estimate_.half_width and estimate_.half_width < 0.1 else 1
     return with_interval(number(estimate_.mean, places, signed=True) + NO_BREAK + "%", estimate_, places)
+
+
+def difference_percent(difference: Difference) -> str:
+    """As `percent`; where seeds lie factors apart the geometric mean and its interval: +1,100 % [+310, +4,200]."""
+    ratio = difference.log_ratio
+    if ratio is None or ratio.half_width is None or not difference.wide:
+        return percent(difference.percent)
+    mean, low, high = (100 * math.expm1(ratio.mean + side * ratio.half_width) for side in (0, -1, 1))
+    interval = f"[{number(low, 0, signed=True)},{NO_BREAK}{number(high, 0, signed=True)}]"
+    return f"{number(mean, 0, signed=True)}{NO_BREAK}%{NO_BREAK}{interval}"

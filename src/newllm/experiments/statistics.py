@@ -9,6 +9,7 @@ from functools import cache
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
+WIDE = math.log(1.25)  # of ln(ratio): from a mean to a quarter above it, and a fifth below
 
 
 def t_probability(t: float, degrees: int) -> float:
@@ -54,21 +55,36 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Model minus baseline, seed by seed: in the metric's own unit and in percent of the baseline."""
+    """Model against baseline, seed by seed: in the metric's own unit, in percent of the baseline, and as ln(ratio).
+
+    The ratio is None where a value is not positive. Of perplexities its logarithm is the difference of losses. What it
+    says decides: seeds of one model that lie factors apart have a mean and an interval that only the largest makes.
+    """
 
     absolute: Estimate
     percent: Estimate
+    log_ratio: Estimate | None
+
+    @property
+    def deciding(self) -> Estimate:
+        """What tells whether there is a difference, and in which direction."""
+        return self.log_ratio or self.absolute
 
     @property
     def verdict(self) -> str:
         """What may be said of it: 'lower', 'higher', 'same', 'no difference shown', or 'one seed: cannot tell'."""
-        if self.absolute.half_width is None:
+        if self.deciding.half_width is None:
             return "one seed: cannot tell"
-        if self.absolute.mean == 0 and self.absolute.half_width == 0:
+        if self.deciding.mean == 0 and self.deciding.half_width == 0:
             return "same"
-        if not self.absolute.excludes_zero:
+        if not self.deciding.excludes_zero:
             return "no difference shown"
-        return "lower" if self.absolute.mean < 0 else "higher"
+        return "lower" if self.deciding.mean < 0 else "higher"
+
+    @property
+    def wide(self) -> bool:
+        """Whether seeds lie so far apart that an interval as long above the mean as below it would mislead."""
+        return self.log_ratio is not None and (self.log_ratio.half_width or 0) > WIDE
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
@@ -97,4 +113,8 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     seeds = [seed for seed in values if baseline.get(seed)]
     absolute = estimate(values[seed] - baseline[seed] for seed in seeds)
     percent = estimate(100 * (values[seed] - baseline[seed]) / baseline[seed] for seed in seeds)
-    return Difference(absolute, percent) if absolute and percent else None
+    if absolute is None or percent is None:
+        return None
+    positive = all(values[seed] > 0 and baseline[seed] > 0 for seed in seeds)
+    log_ratio = estimate(math.log(values[seed] / baseline[seed]) for seed in seeds) if positive else None
+    return Difference(absolute, percent, log_ratio)

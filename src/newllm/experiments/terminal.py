@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from newllm.experiments.columns import LEAD, MAIN_COLUMNS
-from newllm.experiments.figures import figure, number, percent
+from newllm.experiments.figures import difference_percent, figure, number
 from newllm.experiments.results import Results
 from newllm.experiments.summary import best_models, decimals, ranked, summarise
 
@@ -43,7 +43,8 @@ def print_table(results: Results, console: Console) -> None:
             cells.append(f"[bold green]{text}[/]" if summary.model in best_models(summaries, column) else text)
             if column is LEAD:
                 difference = summary.differences[LEAD.key]
-                cells.append("baseline" if summary.is_baseline else percent(difference.percent) if difference else "—")
+                against = difference_percent(difference) if difference else "—"
+                cells.append("baseline" if summary.is_baseline else against)
         table.add_row(name, *cells)
     console.print(table)
     if any(value.half_width for s in summaries if (value := s.values[LEAD.key])):

@@ -13,7 +13,7 @@ import yaml
 
 from newllm.errors import UserError, first_line
 from newllm.experiments.columns import COST_COLUMNS, EXACT, LEAD, MAIN_COLUMNS, PERPLEXITY_COLUMNS, Column
-from newllm.experiments.figures import figure, number, percent
+from newllm.experiments.figures import difference_percent, figure, number
 from newllm.experiments.report import facts, findings, words
 from newllm.experiments.report.contexts import contexts_section
 from newllm.experiments.report.memories import memories_section
@@ -187,10 +187,10 @@ def _difference_cell(summary: ModelSummary, column: Column, varying: bool) -> di
         return {"difference": "", "tone": ""}
     if difference.verdict == "same" or difference.percent.mean == 0:
         return {"difference": "same", "tone": ""}
-    shown = column.better and (column.key in EXACT or difference.absolute.excludes_zero)
-    direction = "lower" if difference.absolute.mean < 0 else "higher"
+    shown = column.better and (column.key in EXACT or difference.deciding.excludes_zero)
+    direction = "lower" if difference.deciding.mean < 0 else "higher"
     tone = ("better" if direction == column.better else "worse") if shown else ""
-    return {"difference": percent(difference.percent), "tone": tone}
+    return {"difference": difference_percent(difference), "tone": tone}
 
 
 def difference_rows(summaries: list[ModelSummary]) -> list[dict[str, Any]]:
@@ -200,13 +200,13 @@ def difference_rows(summaries: list[ModelSummary]) -> list[dict[str, Any]]:
         difference = summary.differences[LEAD.key]
         if difference is None:
             continue
-        bits = summary.differences["test_bits_per_byte"]
+        absolute, bits = difference.absolute, summary.differences["test_bits_per_byte"]
         rows.append(
             {
                 "model": summary.model,
                 "seeds": difference.absolute.count,
-                "absolute": figure(difference.absolute, 2, signed=True),
-                "percent": figure(difference.percent, 1, signed=True),
+                "absolute": number(absolute.mean, 2, True) if difference.wide else figure(absolute, 2, True),
+                "percent": difference_percent(difference),
                 "bits": figure(bits.absolute if bits else None, 4, signed=True),
                 "verdict": difference.verdict,
                 "sort": difference.absolute.mean,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from newllm.experiments.columns import ALL_COLUMNS, LEAD, PERPLEXITY_COLUMNS
-from newllm.experiments.figures import figure, number, percent
+from newllm.experiments.figures import difference_percent, figure, number
 from newllm.experiments.report import recall, recurrence, reversal
 from newllm.experiments.report.words import capitalised, count, join
 from newllm.experiments.results import Results, Row
@@ -30,8 +30,8 @@ def headline(results: Results, summaries: list[ModelSummary]) -> str:
     difference = best.differences[LEAD.key]
     if difference is None:
         return f"{lead}; the baseline {results['baseline']} has no valid result to compare it with."
-    gap = percent(difference.percent)
-    size = gap.lstrip("+−") + (" lower" if difference.percent.mean < 0 else " higher")
+    gap = difference_percent(difference)
+    size = gap.lstrip("+−") + (" lower" if difference.deciding.mean < 0 else " higher")
     if difference.absolute.half_width is None:
         alone = all(len(s.rows) == 1 for s in summaries if s is best or s.is_baseline)
         runs = "in a single run each" if alone else "with the one seed they share"
@@ -61,7 +61,8 @@ def _quality(shown: list[ModelSummary]) -> str:
     groups: dict[str, list[str]] = {}
     for summary in shown:
         if difference := summary.differences[LEAD.key]:
-            groups.setdefault(difference.verdict, []).append(f"{summary.model} ({percent(difference.percent)})")
+            named = f"{summary.model} ({difference_percent(difference)})"
+            groups.setdefault(difference.verdict, []).append(named)
     texts = {
         "lower": "Lower perplexity than the baseline",
         "higher": "Higher perplexity than the baseline",
@@ -124,7 +125,7 @@ def _memory(shown: list[ModelSummary]) -> str:
         text += f", {100 * low / baseline:.3g} % of the baseline's {number(baseline, 0)}"
     difference = best.differences[LEAD.key]
     if difference is not None:
-        text += f", with {percent(difference.percent)} perplexity"
+        text += f", with {difference_percent(difference)} perplexity"
         if difference.verdict == "no difference shown":
             text += " (no difference shown)"
     return text + "."
