@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from newllm.ops import loss, reference
+from newllm.ops import loss, native, reference
 
 
 @given(
@@ -56,7 +56,10 @@ def test_losses_with_shares_equal_their_naive_twin_in_value_and_gradient(rows, c
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_bf16_autocast_is_as_close_as_full_logits():
+@pytest.mark.parametrize("own_kernel", [True, False])
+def test_bf16_autocast_is_as_close_as_full_logits(monkeypatch, own_kernel):
+    if not own_kernel:
+        monkeypatch.setattr(native, "loss_library", lambda: None)
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 64), torch.randn(500, 64, requires_grad=True)
     targets = torch.randint(500, (300,))

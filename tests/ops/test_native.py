@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from newllm.models.linear import Linear
 from newllm.ops import attention, native, reference
 from newllm.ops.linear import FEW_ROWS, linear
+from newllm.ops.loss import IGNORED
 from newllm.ops.quantize import BITS, Quantized, quantize
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -123,13 +124,17 @@ def test_what_does_not_compile_leaves_nothing(tmp_path):
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
-@pytest.fixture(scope="module", params=BUILDS)
-def kernels(request, tmp_path_factory):
+def skip_what_cannot_be_built(name):
     if native.library() is None:
         pytest.skip("no C++ compiler here")
-    if request.param == "no bfloat16" and "avx512_bf16" not in native._processor():
+    if name == "no bfloat16" and "avx512_bf16" not in native._processor():
         pytest.skip("no such instruction here")
-    library = native.load(native.build(native.SOURCE, native.cache_folder() / "kernels", BUILDS[request.param]))
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def kernels(request, tmp_path_factory):
+    skip_what_cannot_be_built(request.param)
+    library = native.load(native.build(native.DECODE, native.cache_folder() / "kernels", BUILDS[request.param]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "library", lambda: library)
         yield library
@@ -294,3 +299,81 @@ def test_nan_and_infinity_are_not_lost(kernels, dtype):
         q[..., 0], k[..., 0] = 1e4, torch.arange(80) / 64
         found = attention.causal_attention(q, k, k)
         torch.testing.assert_close(found[0, 0, 0], k[0, 0, -1])
+
+
+@pytest.fixture(scope="module", params=["native", "plain"])
+def loss_kernel(request):
+    skip_what_cannot_be_built(request.param)
+    library = native.load_loss(
+        native.build(native.CROSS_ENTROPY, native.cache_folder() / "kernels", BUILDS[request.param])
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "loss_library", lambda: library)
+        yield library
+
+
+@given(
+    rows=st.integers(0, 9),
+    words=st.integers(1, 140),
+    spread=st.sampled_from([0.0, 1.0, 30.0, 1000.0]),
+    shift=st.sampled_from([0.0, -500.0, 3e38]),
+    seed=st.integers(0, 99),
+)
+def test_cross_entropy_and_its_gradient_equal_their_naive_twin(loss_kernel, rows, words, spread, shift, seed):
+    torch.manual_seed(seed)
+    logits = (torch.randn(rows, words) * spread + shift).bfloat16()
+    targets = torch.randint(words, (rows,)).where(torch.rand(rows) < 0.8, torch.tensor(IGNORED))
+    wide = logits.double().requires_grad_()
+    expected = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORED)
+    (slope,) = torch.autograd.grad(expected.sum(), wide)
+    spared = logits.clone()
+    losses = native.cross_entropy(spared, targets, IGNORED, gradient=False)
+    found = native.cross_entropy(logits, targets, IGNORED, gradient=True)
+    assert torch.equal(losses, found)
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(logits.double(), slope, rtol=2**-8, atol=1e-6)
+    assert torch.equal(spared, wide.detach().bfloat16())  # nothing is written where no gradient is wanted
+
+
+def test_losses_are_the_same_with_any_number_of_threads(loss_kernel):
+    logits, targets = torch.randn(37, 1001).bfloat16(), torch.randint(1001, (37,))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            gradient = logits.clone()
+            found.append((native.cross_entropy(gradient, targets, IGNORED, gradient=True), gradient))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_give_a_loss_that_is_none(loss_kernel, value):
+    logits, targets = torch.randn(3, 70).bfloat16(), torch.tensor([5, 6, 7])
+    logits[1, 64] = value
+    losses = native.cross_entropy(logits, targets, IGNORED, gradient=True)
+    assert losses.isfinite().tolist() == [True, False, True]
+    assert logits.isfinite().all(dim=1).tolist() == [True, False, True]
+
+
+def test_a_word_of_no_probability_costs_infinitely_much_and_others_nothing(loss_kernel):
+    logits = torch.full((2, 40), -torch.inf, dtype=torch.bfloat16)
+    logits[:, 3] = 0.0
+    losses = native.cross_entropy(logits, torch.tensor([3, 4]), IGNORED, gradient=False)
+    assert losses.tolist() == [0, torch.inf]
+
+
+@pytest.mark.parametrize("target", [40, -1, -101])
+def test_targets_that_are_no_words_are_refused_before_anything_is_written(loss_kernel, target):
+    with pytest.raises(IndexError, match="from 0 to 39"):
+        native.cross_entropy(torch.zeros(2, 40).bfloat16(), torch.tensor([0, target]), IGNORED, gradient=True)
+
+
+def test_only_plain_bf16_logits_without_gaps_take_the_kernel(loss_kernel):
+    logits = torch.zeros(4, 40, dtype=torch.bfloat16)
+    assert native.takes_logits(logits)
+    for other in (logits.float(), logits[:, :30], logits.T, logits.to("meta")):
+        assert not native.takes_logits(other)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from newllm.ops import native
+
 IGNORED = -100
 """Label of positions without loss (PyTorch's and Hugging Face's convention)."""
 # Rows whose logits are in memory together, in the dtype of the hidden states: 206 MB in bf16 at 50k words. As many as
@@ -49,13 +51,21 @@ def linear_cross_entropy(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         low = weight.to(hidden.dtype)
         for h, t in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-            for rows, target in zip((h @ low.T).split(SOFTMAX_ROWS), t.split(SOFTMAX_ROWS), strict=True):
-                losses.append(F.nll_loss(_log_softmax(rows), target, ignore_index=IGNORED, reduction="none"))
+            losses.append(_losses(h @ low.T, t, gradient=False))
     return torch.cat(losses)
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def _losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """(R,) of logits (R, V), at least in float32; with `gradient` the logits become d loss / d logits."""
+    if native.takes_logits(logits):
+        return native.cross_entropy(logits, targets, IGNORED, gradient)
+    losses = []
+    for rows, target in zip(logits.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True):
+        log_p = F.log_softmax(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        losses.append(F.nll_loss(log_p, target, ignore_index=IGNORED, reduction="none"))
+        if gradient:
+            rows.copy_(_logit_gradient(log_p, target))
+    return torch.cat(losses)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -65,32 +75,25 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         # Under torch.no_grad() too, needs_input_grad is what the tensors say.
         training = grad_enabled and any(ctx.needs_input_grad)
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        losses: list[Tensor] = []  # with shares
+        losses: list[Tensor] = []
         grad_hidden = torch.empty_like(hidden) if training else None
         grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
             low = weight.to(hidden.dtype)
-            for start in range(0, len(hidden), ROWS):
+            for start in range(0, max(len(hidden), 1), ROWS):
                 h, t = hidden[start : start + ROWS], targets[start : start + ROWS]
                 logits = h @ low.T  # (ROWS, V); its rows become those of the gradient
-                for rows, target in zip(logits.split(SOFTMAX_ROWS), t.split(SOFTMAX_ROWS), strict=True):
-                    log_p = _log_softmax(rows)
-                    if shares is None:
-                        total += F.nll_loss(log_p, target, ignore_index=IGNORED, reduction="sum")
-                    else:
-                        losses.append(F.nll_loss(log_p, target, ignore_index=IGNORED, reduction="none"))
-                    if training:
-                        rows.copy_(_logit_gradient(log_p, target))
+                losses.append(_losses(logits, t, training))
+                if grad_hidden is None:
+                    continue
                 if shares is not None:
                     logits *= shares[start : start + ROWS, None]
-                if grad_hidden is not None:
-                    grad_hidden[start : start + ROWS] = logits @ low
-                    block = (logits.T @ h).to(weight.dtype)
-                    grad_weight = block if grad_weight is None else grad_weight.add_(block)
-        each = torch.cat(losses) if losses else None  # (N,): the gradient of the shares
-        ctx.save_for_backward(grad_hidden, grad_weight, each)
-        return total if each is None or shares is None else (each * shares).sum()
+                grad_hidden[start : start + ROWS] = logits @ low
+                block = (logits.T @ h).to(weight.dtype)
+                grad_weight = block if grad_weight is None else grad_weight.add_(block)
+        each = torch.cat(losses)  # (N,): the gradient of the shares
+        ctx.save_for_backward(grad_hidden, grad_weight, None if shares is None else each)
+        return each.sum() if shares is None else (each * shares).sum()
 
     @staticmethod
     @once_differentiable

@@ -1,7 +1,8 @@
-"""Our own kernels for decoding on a CPU, `decode.cpp`: compiled when first needed, kept for the next process.
+"""Our own kernels for a CPU: compiled when first needed, kept for the next process.
 
-They need a C++ compiler (GCC or Clang with OpenMP; $CXX, c++, g++ or clang++). Without one, or with NEWLLM_NATIVE=0,
-`library()` is None and callers take torch's own operators: the same numbers, slower.
+`decode.cpp` is for decoding, `cross_entropy.cpp` for the losses of training and reading in bf16. They need a C++
+compiler (GCC or Clang with OpenMP; $CXX, c++, g++ or clang++). Without one, or with NEWLLM_NATIVE=0, `library()` and
+`loss_library()` are None and callers take torch's own operators, which are slower.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from torch.autograd import forward_ad
 from newllm.ops.quantize import Quantized
 from newllm.paths import cache_folder
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+DECODE, CROSS_ENTROPY = (Path(__file__).with_name(name) for name in ("decode.cpp", "cross_entropy.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = (Tensor, torch.nn.Parameter)  # other kinds of tensors have no memory of their own, or not this meaning
@@ -57,21 +59,32 @@ class AttentionArguments(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None."""
+    """The compiled kernels of decoding, or None."""
+    return _compiled(DECODE, load, "decoding")
+
+
+@functools.cache
+def loss_library() -> ctypes.CDLL | None:
+    """The compiled kernel of losses, or None."""
+    return _compiled(CROSS_ENTROPY, load_loss, "the loss in bf16")
+
+
+def _compiled(source: Path, load: Callable[[Path], ctypes.CDLL], what: str) -> ctypes.CDLL | None:
     if os.environ.get("NEWLLM_NATIVE") == "0":
         return None
     try:
-        return load(build(SOURCE, cache_folder() / "kernels"))
+        return load(build(source, cache_folder() / "kernels"))
     except (OSError, subprocess.SubprocessError) as error:
         # Of a compiler that failed its own words; of one that took too long there may be bytes.
         said = getattr(error, "stderr", None)
         reason = said if isinstance(said, str) and said else str(error)
-        logger.warning("decoding takes torch's own operators, which are slower: %s", " ".join(reason.split())[:300])
+        reason = " ".join(reason.split())[:300]
+        logger.warning("%s takes torch's own operators, which are slower: %s", what, reason)
         return None
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The compiled kernels in the file `path`, with the types of their arguments."""
+    """The compiled kernels of decode.cpp in the file `path`, with the types of their arguments."""
     kernels = ctypes.CDLL(str(path))
     kernels.newllm_linear.argtypes = [
         *(c_int, c_void_p, c_int64, c_int64),
@@ -82,8 +95,16 @@ def load(path: Path) -> ctypes.CDLL:
     return kernels
 
 
+def load_loss(path: Path) -> ctypes.CDLL:
+    """As `load`, of cross_entropy.cpp."""
+    kernels = ctypes.CDLL(str(path))
+    kernels.newllm_cross_entropy.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int]
+    kernels.newllm_cross_entropy.restype = None
+    return kernels
+
+
 def build(source: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
-    """Compiles `source`, unless a file of the same source, compiler, flags and processor is there; its path.
+    """Compiles `source`, unless a file of the same sources, compiler, flags and processor is there; its path.
 
     Raises:
         OSError: no compiler, or the folder cannot be written.
@@ -94,7 +115,8 @@ def build(source: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     if compiler is None:
         raise OSError("no C++ compiler is installed (set CXX to one)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = "\n".join((source.read_text(), version, *flags, _processor()))
+    sources = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
+    key = "\n".join((*sources, version, *flags, _processor()))
     target = folder / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,22 +143,54 @@ def _processor() -> str:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors, all of one dtype, here and now.
+    """Whether the kernels of decoding take these tensors, all of one dtype, here and now.
 
-    They are plain CPU tensors, of which no gradient is wanted, nor one in forward mode; no tracer and no torch.func
-    transform looks on, which would see nothing of what a kernel writes.
+    They are `plain`, and no gradient is wanted of them.
     """
     first = tensors[0]
     return (
         first.dtype in DTYPES
-        and all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype == first.dtype for x in tensors)
+        and all(x.dtype == first.dtype for x in tensors)
         and not torch.is_grad_enabled()
+        and plain(*tensors)
+        and library() is not None
+    )
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are plain CPU tensors, and nothing looks on that would not see what a kernel writes.
+
+    Neither forward mode, nor a tracer, nor a transform of torch.func.
+    """
+    return (
+        all(type(x) in PLAIN and x.device.type == "cpu" for x in tensors)
         and not torch.compiler.is_compiling()
         and forward_ad._current_level < 0  # torch.no_grad leaves forward mode on
         and not torch.jit.is_tracing()
         and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
-        and library() is not None
     )
+
+
+def takes_logits(logits: Tensor) -> bool:
+    """Whether `cross_entropy` takes these logits: `plain` ones in bf16 without gaps."""
+    return logits.dtype == torch.bfloat16 and plain(logits) and logits.is_contiguous() and loss_library() is not None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignored: int, gradient: bool) -> Tensor:
+    """−log softmax(logits)[target] in nats, float32 (R,); 0 where the target is `ignored`, which is below 0.
+
+    logits: (R, V) without gaps; with `gradient` they become d loss / d logits. targets: (R,) int64.
+    """
+    (R, V), kernels = logits.shape, loss_library()
+    assert kernels is not None
+    assert takes_logits(logits)
+    assert (targets.shape, targets.dtype) == ((R,), torch.int64), (targets.shape, targets.dtype)
+    if not ((targets == ignored) | (targets >= 0) & (targets < V)).all():
+        raise IndexError(f"targets must be {ignored} or from 0 to {V - 1}: found {targets.min()} to {targets.max()}")
+    targets, losses = targets.contiguous(), torch.empty(R)
+    pointers = (targets.data_ptr(), losses.data_ptr())
+    kernels.newllm_cross_entropy(logits.data_ptr(), R, V, *pointers, gradient, torch.get_num_threads())
+    return losses
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
