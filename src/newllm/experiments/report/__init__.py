@@ -209,6 +209,7 @@ def difference_rows(summaries: list[ModelSummary]) -> list[dict[str, Any]]:
                 "percent": difference_percent(difference),
                 "bits": figure(bits.absolute if bits else None, 4, signed=True),
                 "verdict": difference.verdict,
+                "wide": difference.wide,
                 "sort": difference.absolute.mean,
             }
         )
