@@ -11,11 +11,13 @@ import pytest
 from results_fixture import make_results
 
 from newllm.errors import UserError
+from newllm.experiments.figures import difference_percent
 from newllm.experiments.report import facts, findings, plots, write_report
 from newllm.experiments.report.recall import accuracy, recall_plots
 from newllm.experiments.results import write_results
 from newllm.experiments.rows import describe_layer
 from newllm.experiments.summary import summarise
+from newllm.experiments.terminal import print_table, table_console
 from newllm.models.layers import create_layer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -345,6 +347,29 @@ def test_wording_follows_the_intervals():
     noisy["rows"].append({**noisy["rows"][1], "seed": 1, "test_ppl": 82})
     noisy["rows"].append({**noisy["rows"][1], "seed": 2, "test_ppl": 80})
     assert "no difference to the baseline pythia is shown" in findings.headline(noisy, summarise(noisy))
+
+
+@pytest.mark.parametrize("tone", ["worse", "better"])
+def test_seeds_that_lie_factors_apart_are_told_by_their_ratios(tmp_path, tone, capsys):
+    """Their mean ± half its interval would say that no difference is shown."""
+    results = make_results(3, 3)
+    ours = [row for row in results["rows"] if row["model"] == "pythia_alibi"]
+    for row, factor in zip(ours, (6, 11, 19), strict=True):
+        row["test_ppl"] *= factor if tone == "worse" else 1 / factor
+    html = report(tmp_path, results).read_text()
+    assert f'<span class="difference {tone}">' in html
+    (summary,) = (summary for summary in summarise(results) if summary.model == "pythia_alibi")
+    relative = difference_percent(summary.differences["test_ppl"]).replace("\u00a0", " ")
+    assert re.fullmatch(r"\+\d+ % \[\+\d+, \+[\d,]+\]" if tone == "worse" else r"−9\d % \[−\d\d, −\d\d\]", relative)
+    markdown = (tmp_path / "report.md").read_text().replace("\u00a0", " ")
+    (row,) = re.findall(r"\| pythia\\_alibi \| 3 \| (.*?) \| (.*?) \| .* \| (.*?) \|", markdown)
+    assert row[1:] == (relative, "higher" if tone == "worse" else "lower")
+    assert "±" not in row[0]
+    headline = findings.headline(results, summarise(results)).replace("\u00a0", " ")
+    assert headline.endswith(f": {relative} against the baseline pythia.") or tone == "worse"
+    print_table(results, table_console())
+    for text in (html, markdown, capsys.readouterr().out):
+        assert "geometric mean" in text
 
 
 def test_a_report_without_speed_baseline_or_rows_is_still_made(tmp_path):

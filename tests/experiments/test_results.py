@@ -10,7 +10,7 @@ from rich.console import Console
 
 from newllm.errors import UserError
 from newllm.experiments.columns import ALL_COLUMNS, LEAD, MAIN_COLUMNS
-from newllm.experiments.figures import difference_percent, number, percent
+from newllm.experiments.figures import difference_percent, number
 from newllm.experiments.results import check_taken_row, read_results, write_results
 from newllm.experiments.statistics import estimate, paired_difference, t_probability, t_quantile
 from newllm.experiments.summary import best_models, decimals, ranked, summarise
@@ -90,14 +90,24 @@ def test_seeds_that_lie_factors_apart_show_the_difference_that_each_of_them_has(
     low, high = (math.exp(mirrored.log_ratio.mean + side * mirrored.log_ratio.half_width) for side in (-1, 1))
     ratios = [worse[seed] / baseline[seed] for seed in baseline]
     assert low < 1 / statistics.geometric_mean(ratios) < high < 1
-    mean, highest, lowest = (100 * (ratio - 1) for ratio in (statistics.geometric_mean(ratios), 1 / low, 1 / high))
-    shown = f"+{mean:,.0f} % [+{lowest:,.0f}, +{highest:,.0f}]"
+    assert difference_percent(difference).replace("\u00a0", " ") == "+1,000 % [+160, +4,500]"
+    assert [round(100 * (ratio - 1), -2) for ratio in (statistics.geometric_mean(ratios), 1 / low)] == [1000, 4500]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown", "verdict"),
+    [
+        ([116.8, 136.9, 119.2], "+24 % [+0.0, +54]", "higher"),
+        ([81.6, 78.8], "−20 % [−36, +0.1]", "no difference shown"),
+        ([100.0, 1e48], "+1.0e+25 % [−100, +∞]", "no difference shown"),
+        ([100.0, 104.0], "+2.0 % [−21, +31]", "no difference shown"),
+        ([101.0, 103.0, 102.0], "+2.0 % ± 2.5", "no difference shown"),
+    ],
+)
+def test_the_interval_that_is_shown_is_the_one_that_decides(values, shown, verdict):
+    difference = paired_difference(dict(enumerate(values)), dict.fromkeys(range(len(values)), 100.0))
     assert difference_percent(difference).replace("\u00a0", " ") == shown
-
-
-def test_seeds_that_lie_close_are_shown_with_their_mean_and_half_the_interval():
-    difference = paired_difference({0: 101.0, 1: 103.0, 2: 102.0}, {0: 100.0, 1: 100.0, 2: 100.0})
-    assert difference_percent(difference) == percent(difference.percent) == "+2.0\u00a0%\u00a0±\u00a02.5"
+    assert difference.verdict == verdict
 
 
 def test_values_that_are_zero_have_no_ratio_and_are_compared_as_they_are():

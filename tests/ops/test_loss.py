@@ -56,6 +56,17 @@ def test_losses_with_shares_equal_their_naive_twin_in_value_and_gradient(rows, c
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_rows_loss_and_gradients_are_zero_and_not_missing(dtype):
+    hidden, weight = (torch.randn(n, 6, dtype=dtype, requires_grad=True) for n in (0, 11))
+    total = loss.linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    total.backward()
+    assert total == 0
+    assert hidden.grad.shape == (0, 6)
+    assert not weight.grad.any()
+    assert loss.linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64), "none").shape == (0,)
+
+
 @pytest.mark.parametrize("own_kernel", [True, False])
 def test_bf16_autocast_is_as_close_as_full_logits(monkeypatch, own_kernel):
     if not own_kernel:

@@ -1,4 +1,4 @@
-"""Our own kernels for decoding: the numbers of their twins, whatever the instructions they are compiled to."""
+"""Our own kernels: the numbers of their twins, whatever the instructions they are compiled to."""
 
 import logging
 import warnings
@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from newllm.models.linear import Linear
-from newllm.ops import attention, native, reference
+from newllm.ops import attention, loss, native, reference
 from newllm.ops.linear import FEW_ROWS, linear
-from newllm.ops.loss import IGNORED
+from newllm.ops.loss import IGNORED, linear_cross_entropy
 from newllm.ops.quantize import BITS, Quantized, quantize
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -93,25 +94,38 @@ def test_what_is_traced_or_transformed_takes_torchs_operators():
         torch.testing.assert_close(tangent, expected - layer.bias)
 
 
-def test_without_a_compiler_torch_does_the_same(monkeypatch, tmp_path, caplog):
-    layer, x = Linear(50, 20), torch.randn(3, 50)
+def decoded():
+    torch.manual_seed(0)
     with torch.no_grad():
-        expected = layer(x)
-    native.library.cache_clear()
+        return Linear(50, 20)(torch.randn(3, 50))
+
+
+def trained_on():
+    torch.manual_seed(0)
+    return linear_cross_entropy(torch.randn(9, 16).bfloat16(), torch.randn(40, 16).bfloat16(), torch.arange(9))
+
+
+@pytest.mark.parametrize(
+    ("library", "computed", "what"),
+    [(native.library, decoded, "decoding"), (native.loss_library, trained_on, "the loss in bf16")],
+)
+def test_without_a_compiler_torch_does_the_same(monkeypatch, tmp_path, caplog, library, computed, what):
+    expected = computed()
+    library.cache_clear()
     try:
-        with monkeypatch.context() as patch, torch.no_grad(), caplog.at_level(logging.WARNING):
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
             patch.setenv("PATH", str(tmp_path))
             patch.delenv("CXX", raising=False)
-            assert native.library() is None
-            torch.testing.assert_close(layer(x), expected)
+            assert library() is None
+            torch.testing.assert_close(computed(), expected)
         assert [record.getMessage() for record in caplog.records] == [
-            "decoding takes torch's own operators, which are slower: no C++ compiler is installed (set CXX to one)"
+            f"{what} takes torch's own operators, which are slower: no C++ compiler is installed (set CXX to one)"
         ]
-        native.library.cache_clear()
+        library.cache_clear()
         monkeypatch.setenv("NEWLLM_NATIVE", "0")
-        assert native.library() is None
+        assert library() is None
     finally:
-        native.library.cache_clear()
+        library.cache_clear()
 
 
 def test_what_does_not_compile_leaves_nothing(tmp_path):
@@ -124,8 +138,8 @@ def test_what_does_not_compile_leaves_nothing(tmp_path):
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
-def skip_what_cannot_be_built(name):
-    if native.library() is None:
+def skip_what_cannot_be_built(name, library=native.library):
+    if library() is None:
         pytest.skip("no C++ compiler here")
     if name == "no bfloat16" and "avx512_bf16" not in native._processor():
         pytest.skip("no such instruction here")
@@ -303,7 +317,7 @@ def test_nan_and_infinity_are_not_lost(kernels, dtype):
 
 @pytest.fixture(scope="module", params=["native", "plain"])
 def loss_kernel(request):
-    skip_what_cannot_be_built(request.param)
+    skip_what_cannot_be_built(request.param, native.loss_library)
     library = native.load_loss(
         native.build(native.CROSS_ENTROPY, native.cache_folder() / "kernels", BUILDS[request.param])
     )
@@ -372,8 +386,56 @@ def test_targets_that_are_no_words_are_refused_before_anything_is_written(loss_k
         native.cross_entropy(torch.zeros(2, 40).bfloat16(), torch.tensor([0, target]), IGNORED, gradient=True)
 
 
-def test_only_plain_bf16_logits_without_gaps_take_the_kernel(loss_kernel):
-    logits = torch.zeros(4, 40, dtype=torch.bfloat16)
-    assert native.takes_logits(logits)
-    for other in (logits.float(), logits[:, :30], logits.T, logits.to("meta")):
-        assert not native.takes_logits(other)
+def test_only_plain_bf16_logits_and_as_many_plain_targets_take_the_kernel(loss_kernel):
+    logits, targets = torch.zeros(4, 40, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
+    assert native.takes_logits(logits, targets)
+    for other in (logits.float(), logits[:, :30], logits.T, logits.to("meta"), logits[None]):
+        assert not native.takes_logits(other, targets)
+    for other in (targets[:3], targets.int(), targets.to("meta"), targets[:, None]):
+        assert not native.takes_logits(logits, other)
+        with pytest.raises(AssertionError):
+            native.cross_entropy(logits, other, IGNORED, gradient=False)
+    with FlopCounterMode(display=False):  # sees every operator of torch
+        assert not native.takes_logits(logits, targets)
+
+
+@pytest.mark.parametrize("ambient", [torch.float16, torch.float64, torch.device("meta")])
+def test_what_new_tensors_are_by_default_does_not_matter(loss_kernel, ambient):
+    logits, targets = torch.randn(300, 40).bfloat16(), torch.randint(40, (300,))
+    expected = native.cross_entropy(logits.clone(), targets, IGNORED, gradient=True)
+    try:
+        (torch.set_default_device if isinstance(ambient, torch.device) else torch.set_default_dtype)(ambient)
+        assert torch.equal(native.cross_entropy(logits, targets, IGNORED, gradient=True), expected)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_loss_of_bf16_takes_the_kernel_and_equals_that_without(loss_kernel, monkeypatch, shared):
+    """Over several blocks of rows, with labels that are ignored and, where shared, with what each loss counts."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss, "ROWS", 16)
+    calls, kernel = [], native.cross_entropy
+    monkeypatch.setattr(native, "cross_entropy", lambda *args: calls.append(1) or kernel(*args))
+    hidden, weight = (torch.randn(n, 24).bfloat16().requires_grad_() for n in (40, 77))
+    targets = torch.randint(77, (40,)).where(torch.rand(40) < 0.8, torch.tensor(IGNORED))
+    inputs = (hidden, weight, torch.rand(40, requires_grad=True))[: 3 if shared else 2]
+
+    def computed():
+        each = linear_cross_entropy(hidden, weight, targets, "none")
+        total = linear_cross_entropy(hidden, weight, targets, shares=inputs[2] if shared else None)
+        return each, total, *torch.autograd.grad(total, inputs)
+
+    own = computed()
+    assert len(calls) == 6
+    monkeypatch.setattr(native, "loss_library", lambda: None)
+    for ours, torchs in zip(own, computed(), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=2**-6, atol=2**-6 if ours.dtype == torch.bfloat16 else 1e-5)
+    assert len(calls) == 6
+
+
+def test_a_transform_of_targets_takes_torchs_operators(loss_kernel):
+    hidden, weight, targets = torch.randn(8, 16).bfloat16(), torch.randn(40, 16).bfloat16(), torch.randint(40, (3, 8))
+    each = torch.vmap(lambda rows: loss._losses(hidden @ weight.T, rows, gradient=False))(targets)
+    torch.testing.assert_close(each[1], linear_cross_entropy(hidden, weight, targets[1], "none"))

@@ -40,10 +40,20 @@ def percent(estimate_: Estimate) -> str:
 
 
 def difference_percent(difference: Difference) -> str:
-    """As `percent`; where seeds lie factors apart the geometric mean and its interval: +1,100 % [+310, +4,200]."""
+    """As `percent`; where the interval is wide, that of the geometric mean of the ratios: +1,000 % [+260, +3,300]."""
     ratio = difference.log_ratio
     if ratio is None or ratio.half_width is None or not difference.wide:
         return percent(difference.percent)
-    mean, low, high = (100 * math.expm1(ratio.mean + side * ratio.half_width) for side in (0, -1, 1))
-    interval = f"[{number(low, 0, signed=True)},{NO_BREAK}{number(high, 0, signed=True)}]"
-    return f"{number(mean, 0, signed=True)}{NO_BREAK}%{NO_BREAK}{interval}"
+    mean, low, high = (_percent_of(ratio.mean + side * ratio.half_width) for side in (0, -1, 1))
+    return f"{mean}{NO_BREAK}%{NO_BREAK}[{low},{NO_BREAK}{high}]"
+
+
+def _percent_of(log_ratio: float) -> str:
+    """Of two digits: the interval says that no more are known."""
+    try:
+        value = 100 * math.expm1(log_ratio)
+    except OverflowError:  # a model that has come apart
+        return "+∞"
+    digits = math.floor(math.log10(abs(value))) if value else 0
+    rounded = round(value, 1 - digits)
+    return number(rounded, max(0, min(1, 1 - digits)), signed=True)

@@ -83,8 +83,11 @@ class Difference:
 
     @property
     def wide(self) -> bool:
-        """Whether seeds lie so far apart that an interval as long above the mean as below it would mislead."""
-        return self.log_ratio is not None and (self.log_ratio.half_width or 0) > WIDE
+        """Whether an interval as long above the mean as below would mislead: it is wide, or says something else."""
+        if self.log_ratio is None or self.log_ratio.half_width is None:
+            return False
+        others = (self.absolute.excludes_zero, self.percent.excludes_zero)
+        return self.log_ratio.half_width > WIDE or any(other != self.log_ratio.excludes_zero for other in others)
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:

@@ -48,7 +48,9 @@ def print_table(results: Results, console: Console) -> None:
         table.add_row(name, *cells)
     console.print(table)
     if any(value.half_width for s in summaries if (value := s.values[LEAD.key])):
-        console.print("± is the 95 % interval over seeds.", style="dim")
+        wide = any((difference := s.differences[LEAD.key]) and difference.wide for s in summaries)
+        brackets = " In brackets, where it is wide: that of the geometric mean." if wide else ""
+        console.print(f"± is the 95 % interval over seeds.{brackets}", style="dim")
     for failure in results["failed"]:
         console.print(
             f"[bold red]failed[/] {escape(failure['model'])}, seed {failure['seed']}: {escape(failure['error'])}"

@@ -149,8 +149,8 @@ void prepare(const Whole<T>* x, const Blocks<T>& blocks, Query<T>* to) {
 
 // The sums of eight vectors, as the first eight lanes of one.
 inline floats halve(floats a, floats b) {
-    constexpr ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 inline floats sums(const floats x[8]) {
     const floats s = halve(halve(halve(x[0], x[1]), halve(x[2], x[3])), halve(halve(x[4], x[5]), halve(x[6], x[7])));

@@ -16,7 +16,8 @@ IGNORED = -100
 # Rows whose logits are in memory together, in the dtype of the hidden states: 206 MB in bf16 at 50k words. As many as
 # memory allows, since each block adds once to the gradient of the whole weight.
 ROWS = 2048
-# Rows whose softmax is in float32 at a time: 26 MB at 50k words, small enough for the allocator to use it again.
+# Where our own kernel does not take them, rows whose softmax is in float32 at a time: 26 MB at 50k words, small enough
+# for the allocator to use it again.
 SOFTMAX_ROWS = 128
 
 
@@ -57,7 +58,7 @@ def linear_cross_entropy(
 
 def _losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """(R,) of logits (R, V), at least in float32; with `gradient` the logits become d loss / d logits."""
-    if native.takes_logits(logits):
+    if native.takes_logits(logits, targets):
         return native.cross_entropy(logits, targets, IGNORED, gradient)
     losses = []
     for rows, target in zip(logits.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True):
@@ -80,7 +81,7 @@ class _SummedLoss(torch.autograd.Function):
         grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
             low = weight.to(hidden.dtype)
-            for start in range(0, max(len(hidden), 1), ROWS):
+            for start in range(0, max(len(hidden), 1), ROWS):  # without rows too: loss and gradients are 0 then
                 h, t = hidden[start : start + ROWS], targets[start : start + ROWS]
                 logits = h @ low.T  # (ROWS, V); its rows become those of the gradient
                 losses.append(_losses(logits, t, training))

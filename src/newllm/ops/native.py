@@ -160,10 +160,11 @@ def usable(*tensors: Tensor) -> bool:
 def plain(*tensors: Tensor) -> bool:
     """Whether these are plain CPU tensors, and nothing looks on that would not see what a kernel writes.
 
-    Neither forward mode, nor a tracer, nor a transform of torch.func.
+    Neither forward mode, nor a tracer, nor a transform of torch.func, nor a mode that sees every operator.
     """
     return (
         all(type(x) in PLAIN and x.device.type == "cpu" for x in tensors)
+        and not torch._C._len_torch_dispatch_stack()
         and not torch.compiler.is_compiling()
         and forward_ad._current_level < 0  # torch.no_grad leaves forward mode on
         and not torch.jit.is_tracing()
@@ -171,23 +172,31 @@ def plain(*tensors: Tensor) -> bool:
     )
 
 
-def takes_logits(logits: Tensor) -> bool:
-    """Whether `cross_entropy` takes these logits: `plain` ones in bf16 without gaps."""
-    return logits.dtype == torch.bfloat16 and plain(logits) and logits.is_contiguous() and loss_library() is not None
+def takes_logits(logits: Tensor, targets: Tensor) -> bool:
+    """Whether `cross_entropy` takes these: `plain`, (R, V) in bf16 without gaps and (R,) in int64."""
+    return (
+        (logits.dtype, targets.dtype) == (torch.bfloat16, torch.int64)
+        and logits.dim() == 2
+        and targets.shape == logits.shape[:1]
+        and logits.is_contiguous()
+        and plain(logits, targets)
+        and loss_library() is not None
+    )
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignored: int, gradient: bool) -> Tensor:
     """−log softmax(logits)[target] in nats, float32 (R,); 0 where the target is `ignored`, which is below 0.
 
-    logits: (R, V) without gaps; with `gradient` they become d loss / d logits. targets: (R,) int64.
+    logits: (R, V) that the kernel takes; with `gradient` they become d loss / d logits. targets: (R,) int64.
+
+    Raises IndexError for a target that is neither a word nor ignored.
     """
     (R, V), kernels = logits.shape, loss_library()
     assert kernels is not None
-    assert takes_logits(logits)
-    assert (targets.shape, targets.dtype) == ((R,), torch.int64), (targets.shape, targets.dtype)
+    assert takes_logits(logits, targets), (logits.shape, logits.dtype, targets.shape, targets.dtype)
     if not ((targets == ignored) | (targets >= 0) & (targets < V)).all():
         raise IndexError(f"targets must be {ignored} or from 0 to {V - 1}: found {targets.min()} to {targets.max()}")
-    targets, losses = targets.contiguous(), torch.empty(R)
+    targets, losses = targets.contiguous(), logits.new_empty(R, dtype=torch.float32)
     pointers = (targets.data_ptr(), losses.data_ptr())
     kernels.newllm_cross_entropy(logits.data_ptr(), R, V, *pointers, gradient, torch.get_num_threads())
     return losses

@@ -2,6 +2,8 @@
 
 #pragma once
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "which half of a word is which number");
+
 #include <cstdint>
 #include <cstring>
 

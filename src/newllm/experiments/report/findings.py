@@ -31,14 +31,15 @@ def headline(results: Results, summaries: list[ModelSummary]) -> str:
     if difference is None:
         return f"{lead}; the baseline {results['baseline']} has no valid result to compare it with."
     gap = difference_percent(difference)
-    size = gap.lstrip("+−") + (" lower" if difference.deciding.mean < 0 else " higher")
+    size = gap.lstrip("+−") + (" lower than" if difference.deciding.mean < 0 else " higher than")
+    size = f"{gap} against" if difference.wide else size
     if difference.absolute.half_width is None:
         alone = all(len(s.rows) == 1 for s in summaries if s is best or s.is_baseline)
         runs = "in a single run each" if alone else "with the one seed they share"
-        return f"{lead}, {size} than the baseline {results['baseline']}, {runs}."
+        return f"{lead}, {size} the baseline {results['baseline']}, {runs}."
     if difference.verdict == "no difference shown":
         return f"{lead}, but no difference to the baseline {results['baseline']} is shown ({gap})."
-    return f"{lead}: {size} than the baseline {results['baseline']}."
+    return f"{lead}: {size} the baseline {results['baseline']}."
 
 
 def findings(results: Results, summaries: list[ModelSummary]) -> list[tuple[str, str]]:
@@ -236,6 +237,11 @@ def _certainty(summaries: list[ModelSummary], shown: list[ModelSummary]) -> str:
         f"± is the 95 % interval of the mean over {most} seeds (Student's t). It covers initialisation and data order, "
         "not other texts, sizes or longer training."
     ]
+    if any(difference and difference.wide for s in shown for difference in s.differences.values()):
+        said.append(
+            "In brackets, where an interval is wide: that of the geometric mean of the ratios. Ratios decide whether a "
+            "difference is shown."
+        )
     differences = [d for s in shown if (d := s.differences[LEAD.key])]
     compared = sum(d.absolute.half_width is not None for d in differences)
     if compared > 1:
