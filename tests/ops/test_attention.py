@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.models.cache import KeyValueState
-from newllm.ops import attention, blocked_attention, reference
+from newllm.ops import attention, blocked_attention, reference, tile_attention
 
 
 @st.composite
@@ -73,15 +73,14 @@ def test_as_many_weights_are_dropped_as_was_asked_and_others_each_time(dtype):
     assert float(((first == 0) == (second == 0))[..., seen].float().mean()) == pytest.approx(0.625, abs=0.008)
 
 
-@given(case=cases(), block=st.sampled_from([1, 3, 4, 128]), amx=st.booleans())
-def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(case, block, amx):
+@given(case=cases(), block=st.sampled_from([1, 3, 4, 128]))
+def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(case, block):
     qkv, options = tensors(case)
     for x in qkv:
         x.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "DIRECT_QUERIES", 0)
         patch.setattr(blocked_attention, "QUERIES", block)
-        patch.setattr(blocked_attention, "AMX", amx)
         patch.setattr(blocked_attention, "usable", lambda *_: True)
         fast = attention.causal_attention(*qkv, **options)
         grad = torch.randn_like(fast)
@@ -93,8 +92,8 @@ def test_blocks_of_matrix_products_equal_the_naive_twin_forwards_and_backwards(c
 
 @pytest.mark.parametrize("options", [{}, {"window": 100}, {"slopes": torch.tensor([0.5, 0.1, 0.02, 0.004])}])
 @pytest.mark.parametrize("key_heads", [4, 1])
-@pytest.mark.parametrize("amx", [False, True])
-def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads, amx):
+@pytest.mark.parametrize("way", ["tiles", "blocks"])
+def test_bf16_is_as_exact_as_in_the_fused_kernel(options, key_heads, way):
     """Errors of results and gradients against float64, both under the autocast of training, where scores are large."""
     exact = [torch.randn(2, heads, 300, 32, dtype=torch.float64) for heads in (4, key_heads, key_heads)]
     exact[0] *= 4
@@ -108,10 +107,12 @@ def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads, amx)
 
     expected = outcome(exact)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
-        assert blocked_attention.usable(low[0], low[1][:, :, :128])  # on every CPU
-        patch.setattr(blocked_attention, "AMX", amx)
+        if way == "tiles" and not tile_attention.usable(*low):
+            pytest.skip("no product of bf16 here, or no compiler")
+        patch.setattr(tile_attention, "usable", lambda *_: way == "tiles")
         patch.setattr(blocked_attention, "usable", lambda *_: True)
         ours = outcome(low)
+        patch.setattr(tile_attention, "usable", lambda *_: False)
         patch.setattr(blocked_attention, "usable", lambda *_: False)
         fused = outcome(low)
     for a, b, c in zip(ours, fused, expected, strict=True):
@@ -120,9 +121,11 @@ def test_bf16_in_blocks_is_as_exact_as_the_fused_kernel(options, key_heads, amx)
 
 
 @pytest.mark.parametrize("value_size", [8, 16, 24])
-@pytest.mark.parametrize("amx", [False, True])
-def test_what_comes_out_is_no_view_and_can_be_changed(value_size, amx, monkeypatch):
-    monkeypatch.setattr(blocked_attention, "AMX", amx)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_what_comes_out_is_no_view_and_can_be_changed(value_size, tiles, monkeypatch):
+    if not tiles:
+        monkeypatch.setattr(tile_attention, "usable", lambda *_: False)
+        monkeypatch.setattr(blocked_attention, "usable", lambda *_: True)
     q, k = (torch.randn(1, 2, 20, 16, dtype=torch.bfloat16, requires_grad=True) for _ in "qk")
     attention.causal_attention(q, k, torch.randn(1, 2, 20, value_size).bfloat16()).mul_(2).sum().backward()
 
@@ -131,7 +134,9 @@ def test_what_comes_out_is_no_view_and_can_be_changed(value_size, amx, monkeypat
 def test_a_compiler_can_follow_it(dtype):
     q, k, v = torch.randn(3, 1, 2, 20, 16).to(dtype)
     compiled = torch.compile(attention.causal_attention, backend="eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(compiled(q, k, v), attention.causal_attention(q, k, v))
+    # Each in the kernel that is fastest for it: in bf16 they may round differently.
+    atol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(compiled(q, k, v), attention.causal_attention(q, k, v), rtol=2**-7, atol=atol)
 
 
 @given(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from newllm.ops import blocked_attention, native
+from newllm.ops import blocked_attention, native, tile_attention
 from newllm.ops.quantize import Quantized
 
 # Queries of one block of the parallel form: skips keys that no query of it can see, and bounds the additive mask to
@@ -61,28 +61,12 @@ def causal_attention(
     v = k if one else v.numbers(q.dtype) if isinstance(v, Quantized) else v
     if T <= DIRECT_QUERIES and not dropout:
         return _direct(q, k, v, slopes, window, mask, scale)
-    fused = functools.partial(_fused, slopes=slopes, window=window, mask=mask, scale=scale)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if mask is None and not dropout and tile_attention.usable(q, k, v):
+        return tile_attention.tile_attention(q, k, v, slopes, window, scale)
     if blocked_attention.usable(q, k, dropout):
         blocks = functools.partial(_blocks, T, S, blocked_attention.QUERIES, slopes, window, mask, q)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        forwards = fused if blocked_attention.AMX and not dropout else None
-        return blocked_attention.blocked_attention(q, k, v, blocks, scale, dropout, forwards)
-    return fused(q, k, v, dropout=dropout)
-
-
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    slopes: Tensor | None,
-    window: int | None,
-    mask: Tensor | None,
-    scale: float | None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """`causal_attention` by torch's fused kernel."""
-    T, S = q.shape[2], k.shape[2]
+        return blocked_attention.blocked_attention(q, k, v, blocks, scale, dropout)
     if slopes is None and mask is None and T == S and (window is None or window >= S):
         return _sdpa(q, k, v, scale, is_causal=True, dropout=dropout)
     parts = [

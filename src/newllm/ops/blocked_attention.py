@@ -4,8 +4,7 @@ torch's fused kernel for CPUs multiplies bf16 at a third of the speed of its own
 backward of short texts. Here scores exist for one block of queries at a time, in float32 like their softmax, and are
 computed again in the backward; everything else is products of bf16. The twin is `reference.attention`.
 
-Where the CPU has AMX, Intel's unit for such products, only the kernel's backward of short texts is slow: there the
-kernel reads forwards, and that backward alone is computed here.
+`tile_attention` is faster still, where it is usable: this is for padded rows, and for CPUs without a product of bf16.
 
 With dropout it is used in every dtype and at every length: torch's kernel for CPUs has none, and falls back to all
 scores at once. What was dropped is drawn again in the backward.
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from newllm.ops import tile_attention
+
 QUERIES = 128  # of a block
-AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # a constant, which a compiler can follow
-# Above, the fused kernel is no slower, and needs no memory for scores.
-MOST_KEYS = 128 if AMX else 1024
+# Above, the fused kernel is no slower, and needs no memory for scores; where the CPU has AMX, from the first key on.
+MOST_KEYS = 0 if tile_attention.AMX else 1024
 
 # Start and stop of a block's queries, start and stop of the keys they may see, and what is added to their scores.
 Blocks = Callable[[], Iterator[tuple[int, int, int, int, Tensor]]]
@@ -40,16 +40,14 @@ def blocked_attention(
     blocks: Blocks,
     scale: float,
     dropout: float = 0.0,
-    forwards: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """softmax_j(scale · q_i·k_j + bias_ij) v_j. Shapes as in `attention.causal_attention`; differentiable once.
 
     blocks: called once forwards and once backwards; gives for each block of queries its bias, float32 of shape (1 or B,
     1 or H, queries, keys), which gets no gradient.
     dropout: a weight of the softmax is 0 with this probability, and else 1 / (1 − dropout) times as large.
-    forwards: another way to the same result, without dropout, from q, k and v; the gradient alone is computed here.
     """
-    return _BlockedAttention.apply(q, k, v, blocks, scale, dropout, forwards)
+    return _BlockedAttention.apply(q, k, v, blocks, scale, dropout)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -62,14 +60,11 @@ class _BlockedAttention(torch.autograd.Function):
         blocks: Blocks,
         scale: float,
         dropout: float,
-        forwards: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v)
         ctx.blocks, ctx.scale, ctx.dropout = blocks, scale, dropout
         ctx.seed = int(torch.randint(2**62, ())) if dropout else 0
-        if forwards is not None:
-            return forwards(q, k, v).contiguous()  # no view, which could not be changed in place
         draw = _draws(dropout, ctx.seed)
         keys, values = k.flatten(0, 1), v.flatten(0, 1)  # (B·Hk, S, ·)
         mixed = q.new_empty(*q.shape[:3], v.shape[3])
@@ -102,7 +97,7 @@ class _BlockedAttention(torch.autograd.Function):
                 block = grad_q[:, :, start:stop]
                 torch.mul(torch.bmm(grad_scores, keys[:, first:last]).view(block.shape), ctx.scale, out=block)
         grad_k, grad_v = (grad_k * ctx.scale).to(k.dtype).view(k.shape), grad_v.to(v.dtype).view(v.shape)
-        return grad_q, grad_k, grad_v, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 def _weights(q: Tensor, keys: Tensor, blocks: Blocks, scale: float) -> Iterator[tuple[int, int, int, int, Tensor]]:

@@ -12,14 +12,6 @@
 
 namespace {
 
-// To the nearest, ties to even; a NaN stays one. In the upper half of each word.
-inline words rounded(floats x) {
-    const words bits = (words)x;
-    return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : words{} + 0x7fc00000u;
-}
-
-inline words narrow(Two x) { return (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000u); }
-
 // The last numbers of a row, filled up to a block with −∞, whose share of the softmax is nothing.
 inline words load_last(const bfloat16* from, int64_t count) {
     bfloat16 block[BLOCK];

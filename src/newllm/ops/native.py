@@ -60,16 +60,16 @@ class AttentionArguments(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels of decoding, or None."""
-    return _compiled(DECODE, load, "decoding")
+    return compiled(DECODE, load, "decoding")
 
 
 @functools.cache
 def loss_library() -> ctypes.CDLL | None:
     """The compiled kernel of losses, or None."""
-    return _compiled(CROSS_ENTROPY, load_loss, "the loss in bf16")
+    return compiled(CROSS_ENTROPY, load_loss, "the loss in bf16")
 
 
-def _compiled(source: Path, load: Callable[[Path], ctypes.CDLL], what: str) -> ctypes.CDLL | None:
+def compiled(source: Path, load: Callable[[Path], ctypes.CDLL], what: str) -> ctypes.CDLL | None:
     if os.environ.get("NEWLLM_NATIVE") == "0":
         return None
     try:

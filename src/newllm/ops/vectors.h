@@ -41,6 +41,15 @@ struct Two {
 inline Two widen(Two x) { return x; }
 inline Two widen(words x) { return {(floats)(x << 16), (floats)(x & 0xffff0000u)}; }
 
+// To the nearest, ties to even; a NaN stays one. In the upper half of each word.
+inline words rounded(floats x) {
+    const words bits = (words)x;
+    return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : words{} + 0x7fc00000u;
+}
+
+// As bfloat16, in the order in which they were read.
+inline words narrow(Two x) { return (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000u); }
+
 template <typename V>
 inline V load(const void* from) {
     V x;
