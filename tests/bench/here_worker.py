@@ -6,8 +6,8 @@ from newllm.bench.worker import BenchWork
 
 
 class HereWorker:
-    def __init__(self, name: str) -> None:
-        self.name, self.work = name, BenchWork()
+    def __init__(self, name: str, environment: dict[str, str] | None = None) -> None:
+        self.name, self.environment, self.work = name, environment, BenchWork()
 
     def call(self, command: str, **arguments) -> dict:
         return json.loads(json.dumps(getattr(self.work, command)(**arguments)))

@@ -166,6 +166,28 @@ def test_training_is_compared_with_rivals_and_the_first_model(here):
         ]
 
 
+def test_models_are_also_trained_without_our_kernels(here, monkeypatch):
+    started, build = {}, HereWorker.__init__
+    monkeypatch.setattr(
+        HereWorker,
+        "__init__",
+        lambda self, name, environment=None: build(self, name) or started.update({name: environment}),
+    )
+    settings = TrainBench(
+        **SHAPE | {"vocab_size": 4096},
+        models=["pythia"],
+        rivals=[],
+        seq_lengths=[8],
+        rounds=1,
+        steps=1,
+        without_kernels=True,
+    )
+    (case,) = bench_train(settings, quiet)["cases"]
+    assert started == {"pythia": None, "pythia, torch's operators": {"NEWLLM_NATIVE": "0"}}
+    assert [row["model"] for row in case["rows"]] == list(started)
+    assert set(case["rows"][1]["speed_ratios"]) == {"pythia"}
+
+
 def decode_settings(**changes) -> DecodeBench:
     values = {"contexts": [12, 20], "batch_sizes": [1, 2], "rounds": 2, "steps": 2, "seconds": 0.01}
     return DecodeBench(**SHAPE | {"models": MODELS, "ceiling_megabytes": 1} | values | changes)
@@ -219,7 +241,7 @@ def test_there_need_not_be_a_warm_up(here):
 def test_memory_is_that_of_the_cache_at_the_end_of_each_context_in_a_fresh_process(monkeypatch):
     started = []
 
-    def start(name: str) -> HereWorker:
+    def start(name: str, environment: None) -> HereWorker:
         started.append(name)
         return HereWorker(name)
 

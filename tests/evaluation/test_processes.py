@@ -47,3 +47,14 @@ def test_a_worker_that_answers_nothing_or_half_is_told_in_one_line(code, said, m
         assert str(error.value) == f"gqa: train: {said}"
     finally:
         worker.close()
+
+
+def test_a_worker_has_the_variables_it_is_given_and_all_others(monkeypatch):
+    start, code = subprocess.Popen, "import json, os; print(json.dumps([os.environ[n] for n in ('GIVEN', 'OTHER')]))"
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: start([sys.executable, "-c", code], **options))
+    monkeypatch.setenv("OTHER", "as it is")
+    worker = processes.Worker("gqa", {"GIVEN": "new"})
+    try:
+        assert worker.process.communicate()[0] == '["new", "as it is"]\n'
+    finally:
+        worker.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,16 @@ class BenchWorker(Worker):
     module = "newllm.bench.worker"
 
 
-def start_workers(stack: contextlib.ExitStack, names: Iterable[str]) -> list[BenchWorker]:
-    """A worker of each name; they end with the stack. All start before the first builds: their imports overlap."""
+def start_workers(
+    stack: contextlib.ExitStack, names: Iterable[str], without_kernels: Container[str] = ()
+) -> list[BenchWorker]:
+    """A worker of each name; they end with the stack. All start before the first builds: their imports overlap.
+
+    without_kernels: those that take torch's operators in place of our own kernels.
+    """
     workers = []
     for name in names:
-        workers.append(BenchWorker(name))
+        workers.append(BenchWorker(name, {"NEWLLM_NATIVE": "0"} if name in without_kernels else None))
         stack.callback(workers[-1].close)
     return workers
 
@@ -50,16 +55,17 @@ def start_models(
     stack: contextlib.ExitStack, settings: BenchSettings, max_positions: int, device: torch.device
 ) -> list[BenchWorker]:
     """A worker for each rival and model, with its model built."""
-    subjects = settings.subjects(max_positions)
-    workers = start_workers(stack, map(subject_name, subjects))
-    for worker, subject in zip(workers, subjects, strict=True):
-        worker.call("build", subject=subject, device=device.type, threads=settings.threads)
+    subjects = {subject_name(subject): subject for subject in settings.subjects(max_positions)}
+    without_kernels = [name for name, subject in subjects.items() if not subject.pop("kernels", True)]
+    workers = start_workers(stack, subjects, without_kernels)
+    for worker in workers:
+        worker.call("build", subject=subjects[worker.name], device=device.type, threads=settings.threads)
     return workers
 
 
 def subject_name(subject: dict[str, Any]) -> str:
     """What the row of a rival or model is called, see `BenchSettings.subjects`."""
-    return subject.get("rival") or subject["model"]
+    return subject.get("rival") or subject["model"] + ("" if subject.get("kernels", True) else ", torch's operators")
 
 
 def text_ids(folder: Path, vocab_size: int, progress: Progress, longest: int = 0) -> str:

@@ -128,6 +128,13 @@ class TrainBench(BenchSettings):
     """Training steps of a model's turn."""
     precision: Precision = "auto"
     """'auto' is bf16 autocast where the device computes it natively, else float32."""
+    without_kernels: bool = False
+    """Also measure each model with torch's operators in place of the project's own kernels."""
+
+    def subjects(self, max_positions: int) -> list[dict[str, Any]]:
+        """Also the models without our kernels."""
+        without = [{"model": model, "kernels": False} | self.shape() for model in self.models]
+        return super().subjects(max_positions) + (without if self.without_kernels else [])
 
     def check(self) -> None:
         """Also for windows in which nothing is to be predicted."""

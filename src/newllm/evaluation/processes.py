@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import IO, Any
 
 # The time a process that has closed its output is given to end: a large one takes a while.
@@ -23,7 +25,8 @@ class Worker:
 
     module = "newllm.evaluation.worker"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, environment: Mapping[str, str] | None = None) -> None:
+        """environment: variables of the process that are not as in this one."""
         self.name = name
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         self.process = subprocess.Popen(
@@ -33,6 +36,7 @@ class Worker:
             stderr=self.errors,
             text=True,
             encoding="utf-8",
+            env=os.environ | (environment or {}),
         )
 
     def call(self, command: str, **arguments: Any) -> dict[str, Any]:
