@@ -1,8 +1,8 @@
 """Our own kernels for a CPU: compiled when first needed, kept for the next process.
 
-`decode.cpp` is for decoding, `cross_entropy.cpp` for the losses of training and reading in bf16. They need a C++
-compiler (GCC or Clang with OpenMP; $CXX, c++, g++ or clang++). Without one, or with NEWLLM_NATIVE=0, `library()` and
-`loss_library()` are None and callers take torch's own operators, which are slower.
+`decode.cpp` is for decoding, `cross_entropy.cpp` for the losses of training and reading in bf16; `tile_attention.py`
+has a third. They need a C++ compiler (GCC or Clang with OpenMP; $CXX, c++, g++ or clang++). Without one, or with
+NEWLLM_NATIVE=0, `library()` and `loss_library()` are None and callers take torch's own operators, which are slower.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def loss_library() -> ctypes.CDLL | None:
 
 
 def compiled(source: Path, load: Callable[[Path], ctypes.CDLL], what: str) -> ctypes.CDLL | None:
+    """The kernels of `source`, compiled if they are not there, or None, which is told once: `what` is slower then."""
     if os.environ.get("NEWLLM_NATIVE") == "0":
         return None
     try:
