@@ -29,7 +29,7 @@ def cases(draw):
     H, Hk = draw(st.sampled_from([(1, 1), (3, 3), (6, 2), (4, 1)]))
     d, dv = draw(st.sampled_from([(8, 8), (64, 64), (32, 5), (33, 40), (70, 16), (16, 70)]))
     T = draw(st.sampled_from([9, 31, 32, 33, 64, 100, 128, 129, 200]))
-    S = T + draw(st.sampled_from([0, 1, 15, 32, 100]))
+    S = T + draw(st.sampled_from([0, 1, 15, 30, 31, 32, 100]))
     return H, Hk, T, S, d, dv
 
 
@@ -52,7 +52,7 @@ def outcome(qkv, grad, **options):
 @given(
     case=cases(),
     slopes=st.sampled_from([None, "one", "each"]),
-    window=st.sampled_from([None, 1, 33, 70, 1000]),
+    window=st.sampled_from([None, 1, 31, 32, 33, 63, 64, 70, 1000]),
     scale=st.sampled_from([None, 0.3]),
     seed=st.integers(0, 9),
 )
@@ -107,6 +107,36 @@ def test_scores_far_apart_and_scores_that_are_no_numbers(kernels):
     assert mixed[0, 0, [*range(5), *range(6, 40)]].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e8])
+def test_gradients_of_scores_far_apart(kernels, size):
+    q, k, v = torch.randn(3, 1, 2, 70, 32).bfloat16()
+    qkv, grad = ((q.double() * size).bfloat16(), k, v), torch.randn(1, 2, 70, 32).bfloat16()
+    found, expected = outcome(qkv, grad), outcome([x.double() for x in qkv], grad)
+    assert error(found[3], expected[3]) < 2**-6  # of the values
+    # Those of queries and keys are next to nothing where one weight is all: as large as its rounding, times the other.
+    for ours, exact, other in ((found[1], expected[1], k), (found[2], expected[2], qkv[0])):
+        assert (ours.double() - exact).abs().max() < 2**-6 * exact.abs().max() + 1e-6 * other.abs().max()
+
+
+def test_gradients_of_vectors_that_overlap_in_memory(kernels):
+    numbers = torch.randn(1, 1, 200).bfloat16()
+    windows = numbers.unfold(2, 64, 1)[:, :, :40]  # (1, 1, 40, 64), each token one number on from the last
+    grad = torch.ones(1).bfloat16().expand(1, 1, 40, 64)
+    assert tile_attention.usable(windows, windows, windows)
+    found = outcome([windows] * 3, grad.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(found, outcome([windows] * 3, grad), strict=True))
+    for ours, exact in zip(found, outcome([windows.double()] * 3, grad), strict=True):
+        assert error(ours, exact) < 2**-6
+
+
+def test_under_a_transform_torch_computes_it(kernels):
+    q, weights = torch.randn(1, 1, 16, 8).bfloat16().requires_grad_(), torch.randn(3, 1, 1, 16, 8)
+    each = torch.vmap(lambda w: (attention.causal_attention(q, q, q) * w).sum())(weights)
+    torch.testing.assert_close(
+        each, (attention.causal_attention(q, q, q) * weights).sum(dim=(1, 2, 3, 4)), rtol=0.02, atol=0.1
+    )
+
+
 def test_keys_that_are_values_too_get_both_gradients(kernels):
     """As the latents of MLA; and heads that are one in memory."""
     q, latent = torch.randn(2, 4, 40, 24).bfloat16(), torch.randn(2, 1, 40, 24).bfloat16().requires_grad_()
@@ -119,7 +149,7 @@ def test_keys_that_are_values_too_get_both_gradients(kernels):
 
 
 def test_other_products_of_bf16_are_the_same_before_and_after(kernels):
-    """The tile registers have a configuration, which oneDNN's products have set for themselves."""
+    """We give the tile registers back empty, and rely on oneDNN to set them for each product."""
     a, b = torch.randn(2, 96, 96).bfloat16()
     expected = a @ b
     for _ in range(3):
@@ -130,7 +160,7 @@ def test_other_products_of_bf16_are_the_same_before_and_after(kernels):
 def test_only_plain_bf16_with_the_numbers_of_a_vector_side_by_side_takes_the_kernel(kernels, monkeypatch):
     q = torch.randn(2, 2, 16, 16).bfloat16()
     assert tile_attention.usable(q, q, q)
-    for other in (q.float(), q.transpose(2, 3), q.to("meta"), q[:0]):
+    for other in (q.float(), q.transpose(2, 3), q.to("meta"), q[:0], q[:, :0]):
         assert not tile_attention.usable(other, other, other)
     assert not tile_attention.usable(q, q, q.float())
     for wrong in ((q[:1], q, q), (q, q[..., :8], q), (q, q, q[:, :, :8]), (q, q[:, :, :8], q[:, :, :8])):

@@ -4,7 +4,8 @@ torch's fused kernel for CPUs multiplies bf16 at a third of the speed of its own
 backward of short texts. Here scores exist for one block of queries at a time, in float32 like their softmax, and are
 computed again in the backward; everything else is products of bf16. The twin is `reference.attention`.
 
-`tile_attention` is faster still, where it is usable: this is for padded rows, and for CPUs without a product of bf16.
+`tile_attention` is faster still, where it is usable: this is for padded rows, for dropout, and for CPUs without a
+product of bf16.
 
 With dropout it is used in every dtype and at every length: torch's kernel for CPUs has none, and falls back to all
 scores at once. What was dropped is drawn again in the backward.
@@ -21,16 +22,23 @@ from torch.autograd.function import once_differentiable
 from newllm.ops import tile_attention
 
 QUERIES = 128  # of a block
-# Above, the fused kernel is no slower, and needs no memory for scores; where the CPU has AMX, from the first key on.
-MOST_KEYS = 0 if tile_attention.AMX else 1024
+# Above, the fused kernel is no slower, and needs no memory for scores.
+MOST_KEYS = 128 if tile_attention.AMX else 1024
 
 # Start and stop of a block's queries, start and stop of the keys they may see, and what is added to their scores.
 Blocks = Callable[[], Iterator[tuple[int, int, int, int, Tensor]]]
 
 
 def usable(q: Tensor, k: Tensor, dropout: float = 0.0) -> bool:
-    """Whether this is the faster form for the queries and keys of `attention.causal_attention`."""
-    return q.device.type == "cpu" and (dropout > 0 or (q.dtype == torch.bfloat16 and k.shape[2] <= MOST_KEYS))
+    """Whether this is the faster form for the queries and keys of `attention.causal_attention`.
+
+    Where the CPU has AMX only the backward is: without a gradient the fused kernel is faster.
+    """
+    faster = q.dtype == torch.bfloat16 and k.shape[2] <= MOST_KEYS
+    if tile_attention.AMX:
+        faster = faster and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return q.device.type == "cpu" and (dropout > 0 or (faster and not transformed))
 
 
 def blocked_attention(

@@ -4,11 +4,12 @@
 // numbers that are multiplied and summed together. Scores and weights of the softmax are floats, and stand with a key in each row and
 // a query in each column, so that what belongs to a query (its maximum, its sum, its gradient) is a vector and no sum crosses lanes.
 //
-// Two orders of numbers run through the file. Where a product sums over tokens, numbers w and w + 16 of 32 tokens make a pair. Where
+// Two orders of numbers run through the file. Where a product sums over tokens, tokens w and w + 16 of 32 make a pair. Where
 // its result has columns for 32 numbers of a head, sixteen at even places stand in one tile and those at odd places in the next, as
 // `Two` has them. Both ways of putting two rows together are then two instructions, `lower` and `upper`.
 //
-// Only pairs of blocks of 32 queries and 32 keys that see each other are computed. No result depends on the number of threads.
+// Only pairs of blocks of 32 queries and 32 keys that see each other are computed. Threads share the heads of keys in all rows; forwards,
+// where these are fewer than threads, also the queries of one. No result depends on the number of threads.
 // Called by tile_attention.py; the twin is `reference.attention`. The algorithm is FlashAttention-2's (arXiv 2307.08691, § 3), except
 // that what is summed over all keys of a query is kept for one block of queries, and so computed once.
 
@@ -55,7 +56,9 @@ struct Gradients {
 };
 
 constexpr int64_t SIDE = 32;   // tokens, or numbers of a head, of a block: two tiles
-constexpr int64_t QUERIES = 4;  // blocks of queries that go through the backward together: more need more memory, fewer more sums in it
+// Blocks of queries that go through the backward together. All their weights are in memory at once; and with fewer the gradients of keys
+// and values, which are there too, are read and written more often.
+constexpr int64_t QUERIES = 4;
 
 struct alignas(64) Tile {
     words rows[LANES];
@@ -68,25 +71,18 @@ inline words lower(words a, words b) { return (a & 0xffffu) | (b << 16); }
 inline words upper(words a, words b) { return (a >> 16) | (b & 0xffff0000u); }
 
 #if defined(__AMX_BF16__)
-// Each thread says how its tile registers are cut, and afterwards gives back what it found.
+// Each thread says how its tile registers are cut, and gives them back empty: oneDNN sets them for each product of its own.
 struct alignas(64) TileConfig {
     uint8_t bytes[64] = {};
 };
 struct Registers {
-    TileConfig before;
     Registers() {
-        _tile_storeconfig(&before);
         TileConfig ours;
         ours.bytes[0] = 1;
         for (int i = 0; i < 8; i++) ours.bytes[16 + 2 * i] = 64, ours.bytes[48 + i] = LANES;
         _tile_loadconfig(&ours);
     }
-    ~Registers() {
-        if (before.bytes[0])
-            _tile_loadconfig(&before);
-        else
-            _tile_release();
-    }
+    ~Registers() { _tile_release(); }
 };
 #else
 struct Registers {
@@ -224,9 +220,9 @@ struct Operands {
         for (int64_t n = 0; n < tokens(); n++)
             for (int64_t c = 0; c < columns(); c++) {
                 const bfloat16* at = from + n * SIDE * stride + c * SIDE;
-                const int64_t left = N - n * SIDE, numbers = size - c * SIDE;
-                f(n * columns() + c, rows(at, stride, left, numbers),
-                  left > LANES ? rows(at + LANES * stride, stride, left - LANES, numbers) : Tile{});
+                const int64_t remaining = N - n * SIDE, numbers = size - c * SIDE;
+                f(n * columns() + c, rows(at, stride, remaining, numbers),
+                  remaining > LANES ? rows(at + LANES * stride, stride, remaining - LANES, numbers) : Tile{});
             }
     }
 };
@@ -307,14 +303,14 @@ void mix(const View& view, const Operands& keys, const Operands& values, int64_t
             for (int row = 0; row < LANES; row++)
                 w[half].rows[row] = narrow({(floats)at(s, row, half), (floats)at(s, row + LANES, half)});
     }
-    const int64_t left = std::min(SIDE, a.T - block * SIDE);
+    const int64_t remaining = std::min(SIDE, a.T - block * SIDE);
     for (int64_t c = 0; c < values.columns(); c++) {
         Tile sum[4];
         const Tile* v = left_values + (first * values.columns() + c) * 2;
         multiply<false>(sum, v, v + 1, 2 * values.columns(), weights, weights + 1, 2, last - first);
-        unfold(mixed + c * SIDE, a.mixed_strides.token, sum, left, {1.f / sums[0], 1.f / sums[1]}, a.dv - c * SIDE);
+        unfold(mixed + c * SIDE, a.mixed_strides.token, sum, remaining, {1.f / sums[0], 1.f / sums[1]}, a.dv - c * SIDE);
     }
-    for (int64_t t = 0; t < left; t++) normalisers[t] = highest[t / LANES][t % LANES] + std::log(sums[t / LANES][t % LANES]);
+    for (int64_t t = 0; t < remaining; t++) normalisers[t] = highest[t / LANES][t % LANES] + std::log(sums[t / LANES][t % LANES]);
 }
 
 void forwards(const Attention& a, int threads) {
@@ -366,7 +362,7 @@ struct Head {
 };
 
 // The gradients of the run's queries go to `grad_q`, and to those of the keys and values their share is added.
-void learn(const View& view, Run& run, Head& head, const float* normalisers, bfloat16* grad_q, int64_t q_stride) {
+void backward_run(const View& view, Run& run, Head& head, const float* normalisers, bfloat16* grad_q, int64_t q_stride) {
     const Attention& a = view.a;
     const int64_t dims = blocks(a.d), value_dims = blocks(a.dv), key_blocks = blocks(a.S);
     const int64_t first = view.first(run.start), last = view.last(run.start + run.count - 1);
@@ -375,7 +371,7 @@ void learn(const View& view, Run& run, Head& head, const float* normalisers, bfl
     for (int64_t q = 0; q < run.count; q++) {
         const int64_t block = run.start + q;
         floats norm[2];
-        for (int i = 0; i < int(SIDE); i++) {  // where there is no query, every weight is nothing
+        for (int i = 0; i < int(SIDE); i++) {  // where there is no query there is no gradient, and any finite weight will do
             const int64_t t = block * SIDE + i;
             norm[i / LANES][i % LANES] = t < a.T ? normalisers[t] : INFINITY;
         }
@@ -386,7 +382,9 @@ void learn(const View& view, Run& run, Head& head, const float* normalisers, bfl
             multiply<false>(w, k, k + 1, 2, query, query + 1, 2, dims);
             multiply<false>(g, v, v + 1, 2, grad, grad + 1, 2, value_dims);
             view.each(block, n, [&](int row, int half, floats bias, ints seen) {
-                const floats weight = (floats)only(seen, exponential((floats)at(w, row, half) * a.scale + (bias - norm[half])));
+                // The score as it was forwards, to the last digit. With large ones it may still be above the norm, which is rounded.
+                const floats score = (floats)at(w, row, half) * a.scale + bias, x = score - norm[half];
+                const floats weight = (floats)only(seen, exponential(x > 0.f ? floats{} : x));
                 deltas[q][half] += weight * (floats)at(g, row, half);
                 at(w, row, half) = (words)weight;
             });
@@ -420,12 +418,12 @@ void learn(const View& view, Run& run, Head& head, const float* normalisers, bfl
         add(head.grad_keys.get(), run.scores_left, run.query_over_tokens, dims);
     }
     for (int64_t q = 0; q < run.count; q++) {
-        const int64_t block = run.start + q, from = view.first(block), left = std::min(SIDE, a.T - block * SIDE);
+        const int64_t block = run.start + q, from = view.first(block), remaining = std::min(SIDE, a.T - block * SIDE);
         for (int64_t c = 0; c < dims; c++) {
             Tile sum[4];
             const Tile *k = head.keys_over_tokens.get() + (from * dims + c) * 2, *s = run.scores_right.get() + (q * key_blocks + from) * 2;
             multiply<false>(sum, k, k + 1, 2 * dims, s, s + 1, 2, view.last(block) - from);
-            unfold(grad_q + q * SIDE * q_stride + c * SIDE, q_stride, sum, left, {floats{} + a.scale, floats{} + a.scale}, a.d - c * SIDE);
+            unfold(grad_q + q * SIDE * q_stride + c * SIDE, q_stride, sum, remaining, {floats{} + a.scale, floats{} + a.scale}, a.d - c * SIDE);
         }
     }
 }
@@ -459,7 +457,7 @@ void backwards(const Attention& a, const Gradients& grads, int threads) {
                     these.right_over_tokens(run.query_over_tokens.get(), q, a.q_strides.token);
                     those.right(run.grad.get(), grad, grads.mixed_strides.token);
                     those.right_over_tokens(run.grad_over_tokens.get(), grad, grads.mixed_strides.token);
-                    learn(View(a, h), run, head, a.normalisers + (row * a.H + h) * a.T, grads.q_strides.at(grads.q, row, h, start),
+                    backward_run(View(a, h), run, head, a.normalisers + (row * a.H + h) * a.T, grads.q_strides.at(grads.q, row, h, start),
                           grads.q_strides.token);
                 }
             const auto give = [&](bfloat16* to, int64_t stride, Tile* sums, int64_t columns, float factor, int64_t size) {

@@ -75,7 +75,8 @@ def usable(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and k.shape[2] <= MOST_KEYS
-        and len(q) > 0
+        and min(q.numel(), k.numel(), v.numel()) > 0
+        and not torch._C._are_functorch_transforms_active()
         and all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (q, k, v))
         and native.plain(q, k, v)
         and library() is not None
@@ -88,6 +89,9 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, windo
     assert (k.shape, v.shape) == ((B, Hk, S, d), (B, Hk, S, dv)), (q.shape, k.shape, v.shape)
     assert H % Hk == 0 and 0 < T <= S, (q.shape, k.shape)  # noqa: PT018
     slopes = None if slopes is None else slopes.float().expand(H).contiguous()
+    if window is not None and window < S - T + 1:  # what no query sees is not read
+        k, v = k[:, :, S - T - window + 1 :], v[:, :, S - T - window + 1 :]
+        S = k.shape[2]
     return _TileAttention.apply(q, k, v, slopes, S if window is None else min(window, S), scale)
 
 
@@ -112,7 +116,8 @@ class _TileAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, normalisers, slopes = ctx.saved_tensors
         grad = grad if grad.stride(3) == 1 else grad.contiguous()
-        grads = [torch.empty_like(x) for x in (q, k, v)]
+        # As the tensors lie in memory, unless they overlap themselves.
+        grads = [x if x.stride(3) == 1 else x.contiguous() for x in map(torch.empty_like, (q, k, v))]
         kernels = library()
         assert kernels is not None
         arguments = _arguments(q, k, v, None, normalisers, slopes, ctx.window, ctx.scale)
