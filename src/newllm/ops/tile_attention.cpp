@@ -55,7 +55,7 @@ struct Gradients {
     Strides mixed_strides, q_strides, k_strides, v_strides;
 };
 
-constexpr int64_t SIDE = 32;   // tokens, or numbers of a head, of a block: two tiles
+constexpr int64_t SIDE = 32;  // tokens, or numbers of a head, of a block: two tiles
 // Blocks of queries that go through the backward together. All their weights are in memory at once; and with fewer the gradients of keys
 // and values, which are there too, are read and written more often.
 constexpr int64_t QUERIES = 4;
@@ -145,7 +145,7 @@ inline void multiply(Tile* sums, const Tile* a0, const Tile* a1, int64_t a_step,
 #endif
 }
 
-// rows and columns change places
+// Rows and columns change places: numbers whose row or column has the bit DISTANCE, and the other not.
 template <int DISTANCE>
 inline void exchange(Tile& x) {
 #define LOW(l) (l & DISTANCE ? LANES + l - DISTANCE : l)
@@ -458,7 +458,7 @@ void backwards(const Attention& a, const Gradients& grads, int threads) {
                     those.right(run.grad.get(), grad, grads.mixed_strides.token);
                     those.right_over_tokens(run.grad_over_tokens.get(), grad, grads.mixed_strides.token);
                     backward_run(View(a, h), run, head, a.normalisers + (row * a.H + h) * a.T, grads.q_strides.at(grads.q, row, h, start),
-                          grads.q_strides.token);
+                                 grads.q_strides.token);
                 }
             const auto give = [&](bfloat16* to, int64_t stride, Tile* sums, int64_t columns, float factor, int64_t size) {
                 for (int64_t token = 0; token < a.S; token++)

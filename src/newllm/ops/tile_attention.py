@@ -84,7 +84,10 @@ def usable(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def tile_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, window: int | None, scale: float) -> Tensor:
-    """As `attention.causal_attention`, with its arguments; differentiable once. q, k and v are `usable`."""
+    """As `attention.causal_attention`, with its arguments; differentiable once.
+
+    q (B, H, T, d), k (B, Hk, S, d) and v (B, Hk, S, dv) are `usable`; slopes (H,) or (1,). Gives (B, H, T, dv).
+    """
     (B, H, T, d), (_, Hk, S, dv) = q.shape, v.shape
     assert (k.shape, v.shape) == ((B, Hk, S, d), (B, Hk, S, dv)), (q.shape, k.shape, v.shape)
     assert H % Hk == 0 and 0 < T <= S, (q.shape, k.shape)  # noqa: PT018
